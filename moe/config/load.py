@@ -1,0 +1,134 @@
+"""From Hydra's composition to a checked `Config`, and from a failed composition to one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.config.errors import ConfigError
+from moe.config.schema import Config
+from moe.config.validate import validate
+
+_FREE_KEYS = ("data.weights.", "telemetry.prompts.")
+_LAYOUT_KEYS = ("micro_batch_size", "log_interval", "eval_interval")
+
+
+def register_schema() -> None:
+    """Make the typed schema the base of `conf/config.yaml`, so that Hydra refuses unknown keys and wrong types."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """The checked configuration. Raises ConfigError with one line."""
+    try:
+        _refuse_unknown_keys(composed)
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def _refuse_unknown_keys(composed: DictConfig) -> None:
+    """A `+key=value` override slips past the schema; nothing would ever read it."""
+    container = OmegaConf.to_container(composed)
+    assert isinstance(container, dict)
+    known = all_keys()
+    for key in _dotted("", container):
+        if key not in known and not key.startswith(_FREE_KEYS):
+            raise ConfigError(_unknown_key(key))
+
+
+def load_config(path: Path) -> Config:
+    """The configuration that a run folder or a checkpoint keeps. Raises ConfigError naming the file."""
+    try:
+        composed = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; is this a run folder?") from None
+    except Exception as error:
+        raise ConfigError(f"{path}: {explain(error)}") from error
+    assert isinstance(composed, DictConfig)
+    return from_hydra(composed)
+
+
+def recipe(config: Config, corpus_digest: str) -> dict[str, Any]:
+    """What defines a run's result: the network, the data and the recipe; not layout, backend or telemetry."""
+    train = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _LAYOUT_KEYS}
+    return {
+        "model": dataclasses.asdict(config.model.build()),
+        "data": {"corpus": corpus_digest, "seq_len": config.data.seq_len, "weights": config.data.weights},
+        "optim": dataclasses.asdict(config.optim),
+        "train": train,
+    }
+
+
+def run_id(config: Config, corpus_digest: str) -> str:
+    """Ten hex digits that name `recipe`, the default name of a run's folder."""
+    return hashlib.sha256(json.dumps(recipe(config, corpus_digest), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested dicts differ, as "optim.lr: 0.001 -> 0.002"."""
+    changes = []
+    for key in {**old, **new}:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changes.append(f"{prefix}{key}: {before} -> {after}")
+    return changes
+
+
+def explain(error: BaseException) -> str:
+    """What Hydra or OmegaConf complained of, as one line that names the key and, where it can, the nearest existing one."""
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in|Could not find '([^']+)'", text)
+    if "Could not override" in text and unknown:
+        return _unknown_key(unknown[1])
+    full_key = re.search(r"full_key: (\S+)", text)
+    key = full_key[1] if full_key else None
+    if key and "not in '" in text:
+        return _unknown_key(key)
+    text = re.sub(r"^Error merging override (\S+) ", r"\1: ", text)
+    reason = re.split(r" full_key:| To append to your config| Set the environment| Available options", text)[0]
+    options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
+    if options:
+        reason += f" Available: {', '.join(options[1].split())}"
+    return f"{key}: {reason}" if key and key not in reason else reason
+
+
+def _unknown_key(key: str) -> str:
+    near = _same_leaf(key) or difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` prints all keys"
+    return f"unknown key {key}: {hint}"
+
+
+def _same_leaf(key: str) -> list[str]:
+    leaf = key.rsplit(".", 1)[-1]
+    return [known for known in all_keys() if known.rsplit(".", 1)[-1] == leaf]
+
+
+def all_keys() -> list[str]:
+    """Every key of the schema, dotted."""
+    container = OmegaConf.to_container(OmegaConf.structured(Config))
+    assert isinstance(container, dict)
+    return _dotted("", container)
+
+
+def _dotted(prefix: str, node: dict[Any, Any]) -> list[str]:
+    keys = []
+    for key, value in node.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _dotted(f"{prefix}{key}.", value)
+    return keys

@@ -1,0 +1,99 @@
+"""Checks of a composed configuration that types cannot state; each ends in one line naming the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from moe.config.errors import ConfigError, choice, require
+from moe.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RuntimeConfig, TelemetryConfig, TrainConfig
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError on the first impossible value or combination, before any work."""
+    _check_finite("", dataclasses.asdict(config))
+    _check_names(config)
+    model = config.model.build()
+    _check_data(config.data)
+    _check_optim(config.optim, config.train.steps)
+    _check_train(config.train)
+    _check_runtime(config.runtime)
+    _check_checkpoint(config.checkpoint)
+    _check_telemetry(config.telemetry)
+    limit = model.max_position_embeddings
+    require(config.data.seq_len <= limit, "data.seq_len", f"at most model.max_position_embeddings={limit}", config.data.seq_len)
+
+
+def _check_finite(prefix: str, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_finite(f"{prefix}{key}.", value)
+        elif isinstance(value, float):
+            require(math.isfinite(value), prefix + key, "finite", value)
+
+
+def _check_names(config: Config) -> None:
+    for key in ("name", "run"):
+        value = getattr(config, key)
+        plain = value is None or (value == Path(value).name and value not in ("", ".", ".."))
+        require(plain, key, "a plain folder name", value)
+
+
+def _check_data(data: DataConfig) -> None:
+    require(data.seq_len >= 2, "data.seq_len", "at least 2", data.seq_len)
+    require(data.prefetch >= 1, "data.prefetch", "at least 1", data.prefetch)
+    if data.prepared is None and not (data.sources and data.tokenizer):
+        raise ConfigError("data.prepared must name a folder that `python -m data.prepare` wrote, or data.sources and data.tokenizer files")
+    for language, weight in data.weights.items():
+        require(weight > 0, f"data.weights.{language}", "above 0", weight)
+
+
+def _check_optim(optim: OptimConfig, steps: int) -> None:
+    schedule = optim.schedule
+    choice("optim.schedule.shape", schedule.shape, ("multistep", "cosine", "constant", "wsd"))
+    for key in ("lr", "eps", "max_grad_norm"):
+        require(getattr(optim, key) > 0, f"optim.{key}", "above 0", getattr(optim, key))
+    for key in ("beta1", "beta2"):
+        require(0 <= getattr(optim, key) < 1, f"optim.{key}", "in [0, 1)", getattr(optim, key))
+    require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
+    require(0 <= schedule.warmup_steps <= steps, "optim.schedule.warmup_steps", f"between 0 and train.steps={steps}", schedule.warmup_steps)
+    rising = sorted(schedule.milestones) == list(schedule.milestones) and all(0 < m < 1 for m in schedule.milestones)
+    require(rising, "optim.schedule.milestones", "rising fractions in (0, 1)", schedule.milestones)
+    require(schedule.factor > 0, "optim.schedule.factor", "above 0", schedule.factor)
+    for key in ("final_ratio", "decay_fraction"):
+        require(0 <= getattr(schedule, key) <= 1, f"optim.schedule.{key}", "in [0, 1]", getattr(schedule, key))
+
+
+def _check_train(train: TrainConfig) -> None:
+    for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval"):
+        require(getattr(train, key) >= 1, f"train.{key}", "at least 1", getattr(train, key))
+    require(train.eval_interval >= 0, "train.eval_interval", "at least 0", train.eval_interval)
+    require(train.seed >= 0, "train.seed", "at least 0", train.seed)
+    choice("train.compute_dtype", train.compute_dtype, ("float32", "bfloat16"))
+    divides = train.global_batch_size % train.micro_batch_size == 0
+    require(divides, "train.micro_batch_size", f"a divisor of train.global_batch_size={train.global_batch_size}", train.micro_batch_size)
+    guard = train.guard
+    require(guard.spike_threshold >= 0, "train.guard.spike_threshold", "at least 0", guard.spike_threshold)
+    require(guard.window >= 8, "train.guard.window", "at least 8", guard.window)
+    require(guard.max_consecutive_skips >= 1, "train.guard.max_consecutive_skips", "at least 1", guard.max_consecutive_skips)
+
+
+def _check_runtime(runtime: RuntimeConfig) -> None:
+    choice("runtime.device", runtime.device, ("auto", "cpu", "cuda"))
+    choice("runtime.expert_backend", runtime.expert_backend, ("auto", "loop", "grouped_mm", "megablocks"))
+    require(runtime.num_threads >= 0, "runtime.num_threads", "at least 0", runtime.num_threads)
+    require(runtime.loss_chunk_size >= 1, "runtime.loss_chunk_size", "at least 1", runtime.loss_chunk_size)
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    require(checkpoint.interval >= 0, "checkpoint.interval", "at least 0", checkpoint.interval)
+    require(checkpoint.keep_last >= 1, "checkpoint.keep_last", "at least 1", checkpoint.keep_last)
+    require(checkpoint.keep_every >= 0, "checkpoint.keep_every", "at least 0", checkpoint.keep_every)
+
+
+def _check_telemetry(telemetry: TelemetryConfig) -> None:
+    choice("telemetry.wandb", telemetry.wandb, ("online", "offline", "disabled"))
+    peak = telemetry.peak_tflops
+    require(peak is None or peak > 0, "telemetry.peak_tflops", "null or above 0", peak)

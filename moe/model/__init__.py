@@ -1,0 +1,12 @@
+"""The network, written for one device."""
+
+from moe.model.attention import KVCache
+from moe.model.balance import RoutingStats, Tokens
+from moe.model.experts import MoE
+from moe.model.head import IGNORE_INDEX, LossSums
+from moe.model.init import initialise
+from moe.model.transformer import Block, ModelOutput, Transformer
+
+__all__ = [
+    "IGNORE_INDEX", "Block", "KVCache", "LossSums", "MoE", "ModelOutput", "RoutingStats", "Tokens", "Transformer", "initialise",
+]

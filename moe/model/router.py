@@ -1,0 +1,104 @@
+"""Routers: which experts a token meets, and with what weight. Weights and arithmetic are float32 whatever the model computes in.
+
+A router takes hidden states and token ids, so that the paper's baselines (top-1, top-2, hash) are configurations of one layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.config.model import ModelConfig
+
+
+class Routing(NamedTuple):
+    """The choice for N tokens."""
+
+    expert_indices: Tensor
+    """(N, K) int64, distinct in a row."""
+    weights: Tensor
+    """(N, K) float32: g of equation 10."""
+    scores: Tensor | None
+    """(N, E) float32, rows summing to 1: s of equation 11; None where nothing is learned."""
+    logits: Tensor | None
+    """(N, E) float32."""
+
+
+class TopKRouter(nn.Module):
+    """Token-choice top-k (equations 10 and 11), softmax or sigmoid scores, optionally with a selection bias.
+
+    The paper's weights are the raw scores of the chosen experts; `norm_topk_prob` renormalises them to sum to 1. The bias of
+    auxiliary-loss-free balancing (arXiv 2408.15664) takes part in the choice alone, never in the weights.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.scoring_func = config.scoring_func
+        self.norm_topk_prob = config.norm_topk_prob
+        self.bias_update_speed = config.bias_update_speed
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts) if config.bias_update_speed > 0 else None
+        self.register_buffer("expert_bias", bias)
+
+    def forward(self, x: Tensor, token_ids: Tensor) -> Routing:
+        """(N, H) hidden states and (N,) ids (unused here) -> Routing."""
+        logits, log_scores = self.score(x)
+        preference = log_scores.detach()
+        if self.expert_bias is not None:
+            preference = preference.exp() + self.expert_bias
+        expert_indices = preference.topk(self.top_k, dim=-1, sorted=False).indices
+        chosen = log_scores.gather(-1, expert_indices)
+        weights = chosen.softmax(dim=-1) if self.norm_topk_prob else chosen.exp()
+        return Routing(expert_indices, weights, log_scores.softmax(dim=-1), logits)
+
+    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, H) -> logits and log scores, 2 x (N, E).
+
+        In log space, renormalising needs no epsilon that a router could exploit by driving every sigmoid to zero.
+        """
+        logits = F.linear(x.float(), self.weight.float())
+        return logits, F.logsigmoid(logits) if self.scoring_func == "sigmoid" else logits.log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def update_bias(self, counts: Tensor, keep: Tensor) -> None:
+        """Raise the bias of underloaded experts by one step, lower the others'.
+
+        `counts` (E,): tokens each expert got in the whole optimizer step, over all ranks; `keep` (): 0 leaves the bias untouched.
+        """
+        assert self.expert_bias is not None
+        counts = counts.float()
+        direction = torch.sign(counts.mean() - counts)
+        self.expert_bias += self.bias_update_speed * keep * (direction - direction.mean())
+
+
+class HashRouter(nn.Module):
+    """A fixed random table from token id to K distinct experts, equally weighted (Roller et al. 2021; top-1 in the paper)."""
+
+    table: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.register_buffer("table", self._build(config.vocab_size), persistent=False)
+
+    def _build(self, vocab_size: int) -> Tensor:
+        """(vocab, K): a random order of the ids dealt to the experts in turn, so that each serves as many ids."""
+        with torch.device("cpu"):
+            order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
+        return (order[:, None] + torch.arange(self.top_k)) % self.num_experts
+
+    def forward(self, x: Tensor, token_ids: Tensor) -> Routing:
+        """(N, H) hidden states (unused here) and (N,) ids -> Routing."""
+        expert_indices = self.table[token_ids]
+        weights = torch.full(expert_indices.shape, 1 / self.top_k, device=x.device)
+        return Routing(expert_indices, weights, None, None)
+
+
+def build_router(config: ModelConfig) -> TopKRouter | HashRouter:
+    return HashRouter(config) if config.routing == "hash" else TopKRouter(config)

@@ -1,0 +1,61 @@
+"""Continue a prompt, one token at a time, with a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe.model.attention import KVCache
+from moe.model.transformer import Transformer
+
+
+@torch.no_grad()
+def continuation(
+    model: Transformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    stop_id: int | None = None,
+    num_ids: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids that follow `prompt`, ending before `stop_id`.
+
+    `temperature` 0 is greedy; `top_p` keeps the smallest set of ids whose probability reaches it; `num_ids` bars the padding rows of a
+    vocabulary larger than its tokenizer. Raises ValueError when prompt and continuation exceed the model's positions.
+    """
+    config, weight = model.config, model.lm_head
+    assert weight is not None
+    length = len(prompt) + max_new_tokens
+    if not prompt or length > config.max_position_embeddings:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's "
+            f"{config.max_position_embeddings} positions"
+        )
+    device = next(model.parameters()).device
+    dtype = model.lm_head.weight.dtype if model.lm_head else torch.float32
+    caches = [KVCache(config, 1, length, device, dtype) for _ in model.layers]
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = torch.tensor([prompt], device=device)
+    for _ in range(max_new_tokens):
+        hidden = model(ids, caches=caches).hidden
+        logits = model.lm_head.logits(hidden[0, -1])[:num_ids]  # type: ignore[union-attr]
+        token = choose(logits, temperature, top_p, generator)
+        if token == stop_id:
+            return
+        yield token
+        ids = torch.tensor([[token]], device=device)
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """(V,) logits -> one id."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, ids = (logits / temperature).softmax(dim=-1).sort(descending=True)
+    outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
+    probabilities = probabilities.masked_fill(outside, 0.0)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,0 +1,142 @@
+"""The DeepSeekMoE transformer, written for one device: embedding, blocks, head.
+
+Module and parameter names are those of the released state dict (without its leading "model."), except that a layer's routed experts
+are stacked. Parallelism is applied from outside (`moe.parallel`); a pipeline stage is the same class over a part of the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from moe.config.model import ModelConfig
+from moe.model.attention import ATTENTION_BACKENDS, Attention, KVCache, rotary_angles
+from moe.model.balance import RoutingStats, Tokens
+from moe.model.experts import MoE
+from moe.model.head import LMHead, LossSums
+from moe.model.mlp import MLP
+
+
+class ModelOutput(NamedTuple):
+    hidden: Tensor
+    """(B, T, H): of the last block, or after the final norm where this stage has the head."""
+    loss: LossSums | None
+    """Where labels were given."""
+    routing: list[RoutingStats]
+    """One entry a MoE layer of this stage, in order."""
+
+
+def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep top-k's result and recompute the rest: a choice made twice could differ, and with it the sizes of all-to-alls."""
+    return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.topk.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN (equations 1 and 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int, num_languages: int, backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: MoE | MLP
+        if config.is_moe_layer(layer):
+            self.mlp = MoE(config, num_languages, backend)
+        else:
+            self.mlp = MLP(config.hidden_size, int(config.intermediate_size))
+        self.recompute = False
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tokens, cache: KVCache | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """(B, T, H) -> (B, T, H) and, for a MoE layer, its statistics."""
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._forward(x, cos, sin, tokens, cache)
+        contexts = partial(create_selective_checkpoint_contexts, _save_choices)
+        return checkpoint(self._forward, x, cos, sin, tokens, None, use_reentrant=False, context_fn=contexts)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tokens, cache: KVCache | None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
+            x, normed = self.attend(x, cos, sin, cache)
+        if isinstance(self.mlp, MoE):
+            y, stats = self.mlp(normed, tokens)
+            return x + y, stats
+        return x + self.mlp(normed), None
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm: all shapes static, so one compiled region."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x, self.post_attention_layernorm(x)
+
+
+class Transformer(nn.Module):
+    """The whole network, or the pipeline stage made of `layers`; the first stage embeds, the last one has norm and head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_languages: int = 1,
+        expert_backend: str = "loop",
+        loss_chunk_size: int = 8192,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        first, last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if first else None
+        # keyed by the global index, so that a stage's parameters keep their names
+        self.layers = nn.ModuleDict({str(i): Block(config, i, num_languages, expert_backend) for i in layers})
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if last else None
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, num_languages, loss_chunk_size) if last else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        label_languages: Tensor | None = None,
+        languages: Tensor | None = None,
+        valid: Tensor | None = None,
+        hidden: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> ModelOutput:
+        """(B, T) ids -> ModelOutput. A later pipeline stage is given the former's `hidden`; generation gives `caches`, one a block.
+
+        `languages` and `label_languages` (B, T) index the language of inputs and labels (default: all 0); `valid` is False at padding.
+        """
+        start = caches[0].length if caches else 0
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        tokens = Tokens(
+            input_ids,
+            torch.zeros_like(input_ids) if languages is None else languages,
+            torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid,
+        )
+        x = self.embed_tokens(input_ids) if self.embed_tokens is not None else hidden
+        routing = []
+        for index, block in enumerate(self.layers.values()):
+            x, stats = block(x, cos, sin, tokens, caches[index] if caches else None)
+            if stats is not None:
+                routing.append(stats)
+        if self.norm is None or self.lm_head is None:
+            return ModelOutput(x, None, routing)
+        x = self.norm(x)
+        if labels is None:
+            return ModelOutput(x, None, routing)
+        if label_languages is None:
+            label_languages = torch.zeros_like(labels)
+        return ModelOutput(x, self.lm_head(x, labels, label_languages), routing)
+
+    def moe_blocks(self) -> list[MoE]:
+        """The mixtures of this stage, in the order of `ModelOutput.routing`."""
+        return [block.mlp for block in self.layers.values() if isinstance(block.mlp, MoE)]

@@ -1,0 +1,64 @@
+"""`python -m moe.report RUN_FOLDER [RUN_FOLDER ...]`: write report.html, or one page comparing several runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe.telemetry.comparison import write_comparison
+from moe.telemetry.facts import quantity, run_facts
+from moe.telemetry.report import write_report
+from moe.telemetry.run_folder import load_run
+
+EXIT_DATA_ERROR = 77
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        page = _write(options.run_folder, options.output)
+        facts = [run_facts(load_run(folder)) for folder in options.run_folder]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_DATA_ERROR
+    if options.json:
+        print(json.dumps({"report": str(page), "runs": facts}, ensure_ascii=False, indent=2))
+        return 0
+    for fact in facts:
+        print(_line(fact))
+    print(page)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moe.report", description=__doc__)
+    parser.add_argument("run_folder", type=Path, nargs="+", help="outputs/<experiment>/<run>; several are compared")
+    parser.add_argument("--output", type=Path, help="page comparing several runs (default: comparison.html)")
+    parser.add_argument("--json", action="store_true", help="print the runs' figures as JSON")
+    return parser
+
+
+def _write(folders: Sequence[Path], output: Path | None) -> Path:
+    if len(folders) > 1:
+        return write_comparison(folders, output or Path("comparison.html"))
+    if output is not None:
+        raise ValueError("--output is for comparisons of several runs; one run's report lies in its own folder")
+    return write_report(folders[0])
+
+
+def _line(fact: dict[str, Any]) -> str:
+    bits = ", ".join(
+        f"{name} {scores['bits_per_byte']:.3f} bits/byte"
+        for name, scores in fact["validation"].items()
+        if scores.get("bits_per_byte") is not None
+    )
+    validation = f", validation loss {quantity(fact['validation_loss'])} ({bits})" if fact["validation"] else ""
+    return f"{fact['name']}: {quantity(fact['steps'])} steps{validation}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Training: the step, the loop around it, and the run as `train.py` starts it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from data import DataError
+from moe.checkpoint import CheckpointError
+from moe.config import Config, ConfigError
+from moe.parallel import choose_device, join_world
+from moe.telemetry import MetricsError
+from moe.training.guard import NumericalAbort
+from moe.training.session import Session
+from moe.training.signals import StopSignal
+
+EXIT_CODES = {NumericalAbort: 76, DataError: 77, CheckpointError: 77, MetricsError: 77, OSError: 77, ConfigError: 78}
+EXIT_PREEMPTED = 75
+
+__all__ = ["EXIT_CODES", "EXIT_PREEMPTED", "run"]
+
+
+def run(config: Config, command: Sequence[str]) -> None:
+    """Train as `config` says; `command` is what was typed. Ends the process with an exit code of `train.py` unless all went well."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        finished = _run(config, command)
+    except tuple(EXIT_CODES) as error:
+        _fail(error)
+    if not finished:
+        print("stopped by a signal and saved; run the same command again to go on", file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
+
+
+def _run(config: Config, command: Sequence[str]) -> bool:
+    if config.runtime.num_threads:
+        torch.set_num_threads(config.runtime.num_threads)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    stop = StopSignal(choose_device(config.runtime.device), world_size)
+    with stop.listening(), join_world(config.runtime.device) as world:
+        return Session(config, world, stop, command).execute()
+
+
+def _fail(error: BaseException) -> NoReturn:
+    code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    if isinstance(error, OSError):
+        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    else:
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,59 @@
+"""Decides on the device whether a step counts. The host learns of it at the next log row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe.config.schema import GuardConfig
+
+_MAD_TO_SIGMA = 1.4826
+_RELATIVE_FLOOR = 0.02
+
+
+class NumericalAbort(RuntimeError):
+    """Too many steps in a row were skipped; the message says where."""
+
+
+class StepGuard:
+    """Refuses steps whose loss or gradient norm is not finite or is a spike against the recent accepted ones.
+
+    A spike lies more than `spike_threshold` robust standard deviations (1.4826 times the median absolute deviation, at least 2 % of
+    the median) above the median of the last `window` accepted steps. All state is on the device and in the checkpoint.
+    """
+
+    def __init__(self, config: GuardConfig, device: torch.device) -> None:
+        self.config = config
+        self.history = torch.full((2, config.window), torch.nan, device=device)
+        """Loss and gradient norm of the last accepted steps, newest last; NaN where there was none yet."""
+        self.consecutive_skips = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """() and () float32, equal on all ranks -> () float32: 1 to take the step, 0 to skip it."""
+        values = torch.stack([loss.float(), grad_norm.float()])
+        accepted = torch.isfinite(values).all()
+        if self.config.spike_threshold > 0:
+            accepted = accepted & ~self._is_spike(values)
+        shifted = torch.cat([self.history[:, 1:], values[:, None]], dim=1)
+        self.history.copy_(torch.where(accepted, shifted, self.history))
+        self.consecutive_skips.copy_(torch.where(accepted, 0.0, self.consecutive_skips + 1))
+        return accepted.float()
+
+    def _is_spike(self, values: Tensor) -> Tensor:
+        median = self.history.median(dim=1, keepdim=True).values
+        deviation = _MAD_TO_SIGMA * (self.history - median).abs().median(dim=1, keepdim=True).values
+        deviation = torch.maximum(deviation, _RELATIVE_FLOOR * median.abs())
+        # an unfilled window has a NaN median, and no comparison with NaN holds
+        return (values[:, None] > median + self.config.spike_threshold * deviation).any()
+
+    def raise_if_stuck(self, consecutive_skips: int, step: int) -> None:
+        """Raise NumericalAbort when the run cannot go on; called with the fetched counter at log rows."""
+        if consecutive_skips >= self.config.max_consecutive_skips:
+            raise NumericalAbort(
+                f"step {step}: the last {consecutive_skips} steps were skipped for non-finite or spiking loss or gradients "
+                f"(train.guard.max_consecutive_skips={self.config.max_consecutive_skips}); lower optim.lr or look at the data"
+            )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"history": self.history, "consecutive_skips": self.consecutive_skips}

@@ -1,0 +1,64 @@
+"""AdamW with the paper's groups, the learning-rate schedule, and the gradient norm over every mesh."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moe.config.schema import OptimConfig, ScheduleConfig
+from moe.parallel import World, local
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW, weight decay on matrices only, its state allocated now so that a checkpoint always holds all of it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by parameter name, as checkpoints hold it; the tensors themselves, not copies."""
+    return {name: dict(optimizer.state[p]) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of step `step`, counted from 0: a pure function of the data step, so a skipped step does not delay it."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    progress = step / total_steps
+    if schedule.shape == "multistep":
+        return peak * schedule.factor ** sum(progress >= milestone for milestone in schedule.milestones)
+    if schedule.shape == "cosine":
+        done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
+        return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * (1 + math.cos(math.pi * done)) / 2)
+    if schedule.shape == "wsd" and progress > 1 - schedule.decay_fraction:
+        left = (1 - progress) / schedule.decay_fraction
+        return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * left)
+    return peak
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module, world: World) -> Tensor:
+    """The Euclidean norm of all gradients, over dense and expert shards of all ranks alike; a device scalar."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    return world.sum(squares).sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their norm is at most `max_norm`."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
