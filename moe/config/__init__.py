@@ -1,7 +1,7 @@
 """Configuration: the typed schema of `conf/`, its checks, and the model's own arithmetic (parameters, FLOPs)."""
 
 from moe.config.errors import ConfigError
-from moe.config.load import difference, explain, from_hydra, load_config, recipe, register_schema, run_id
+from moe.config.load import compose, difference, explain, from_hydra, load_config, recipe, register_schema, run_id
 from moe.config.model import ArchitectureConfig, ModelConfig
 from moe.config.schema import Config
 
@@ -10,6 +10,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ModelConfig",
+    "compose",
     "difference",
     "explain",
     "from_hydra",

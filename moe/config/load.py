@@ -7,10 +7,13 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,6 +21,7 @@ from moe.config.errors import ConfigError
 from moe.config.schema import Config
 from moe.config.validate import validate
 
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 _FREE_KEYS = ("data.weights.", "telemetry.prompts.")
 _LAYOUT_KEYS = ("micro_batch_size", "log_interval", "eval_interval")
 
@@ -25,6 +29,17 @@ _LAYOUT_KEYS = ("micro_batch_size", "log_interval", "eval_interval")
 def register_schema() -> None:
     """Make the typed schema the base of `conf/config.yaml`, so that Hydra refuses unknown keys and wrong types."""
     ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The checked configuration that `train.py` would run with these overrides. Raises ConfigError with one line."""
+    register_schema()
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = hydra.compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return from_hydra(composed)
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -108,6 +123,8 @@ def explain(error: BaseException) -> str:
 
 
 def _unknown_key(key: str) -> str:
+    if f"{key}." in _FREE_KEYS or key.startswith(_FREE_KEYS):
+        return f"{key}: write a new entry as +{key.split('.')[0]}.{key.split('.')[1]}.NAME=VALUE"
     near = _same_leaf(key) or difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` prints all keys"
     return f"unknown key {key}: {hint}"

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from moe.config.errors import ConfigError, choice, require
 
@@ -95,7 +96,7 @@ class ModelConfig(_Recipe):
         N counts attention, the activated FFNs and the head; not the input embedding, the router and the norms. Attention is not
         halved for causality. Times T this gives the paper's figures per sequence: 4.3T (2B), 74.4T (16B at nominal widths).
         """
-        weights = self.num_hidden_layers * self._attention_params() + self.vocab_size * self.hidden_size
+        weights: float = self.num_hidden_layers * self._attention_params() + self.vocab_size * self.hidden_size
         for layer in range(self.num_hidden_layers):
             weights += self._ffn_params(layer, self.num_experts_per_tok)
         attention = self.num_hidden_layers * seq_len * self.num_attention_heads * self.head_dim
@@ -183,7 +184,7 @@ class ArchitectureConfig(_Recipe):
         active = math.floor(_exact(self.active_budget) * self.granularity) - self.n_shared_experts
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Recipe)}
         values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
-        counts = {
+        counts: dict[str, Any] = {
             "n_shared_experts": self.n_shared_experts,
             "n_routed_experts": _either(self.n_routed_experts, routed),
             "num_experts_per_tok": _either(self.num_experts_per_tok, active),

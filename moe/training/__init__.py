@@ -16,10 +16,19 @@ from moe.config import Config, ConfigError
 from moe.parallel import choose_device, join_world
 from moe.telemetry import MetricsError
 from moe.training.guard import NumericalAbort
+from moe.training.run_lock import RunFolderBusy
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 
-EXIT_CODES = {NumericalAbort: 76, DataError: 77, CheckpointError: 77, MetricsError: 77, OSError: 77, ConfigError: 78}
+EXIT_CODES = {
+    NumericalAbort: 76,
+    DataError: 77,
+    CheckpointError: 77,
+    MetricsError: 77,
+    RunFolderBusy: 77,
+    OSError: 77,
+    ConfigError: 78,
+}
 EXIT_PREEMPTED = 75
 
 __all__ = ["EXIT_CODES", "EXIT_PREEMPTED", "run"]

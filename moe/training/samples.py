@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import torch
+
 from data import TokenCorpus, Tokenizer
 from moe.config.schema import Config
 from moe.model import Transformer
@@ -45,7 +47,15 @@ def complete(model: Transformer, tokenizer: Tokenizer, prompt: str, config: Conf
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     room = min(80, model.config.max_position_embeddings - len(ids))
     new = continuation(
-        model, ids, room, temperature=0.7, top_p=0.9, stop_id=tokenizer.eos_id, num_ids=tokenizer.vocab_size, seed=config.train.seed
+        model,
+        ids,
+        room,
+        temperature=0.7,
+        top_p=0.9,
+        stop_id=tokenizer.eos_id,
+        num_ids=tokenizer.vocab_size,
+        seed=config.train.seed,
+        compute_dtype=getattr(torch, config.train.compute_dtype),
     )
     return tokenizer.decode(list(new))
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from data import DataError, TokenCorpus, TokenStream, TrainLoader
+from data import TokenCorpus, TokenStream, TrainLoader
 from data.prepare import prepare_cached
 from moe.checkpoint import CheckpointError, CheckpointManager
 from moe.config import Config, ConfigError, difference, recipe, run_id
@@ -25,12 +26,10 @@ from moe.telemetry import ConsoleLogger, MetricsFile, WandbLogger, redact
 from moe.telemetry.hardware import device_name, peak_memory_gib
 from moe.training.evaluation import evaluate
 from moe.training.rows import RowWriter
+from moe.training.run_lock import only_writer
 from moe.training.samples import complete_prompts
 from moe.training.signals import StopSignal
 from moe.training.trainer import Trainer, forbid_sync
-
-_CLOSING_MESSAGES = {True: "finished", False: "stopped"}
-
 
 class Session:
     """Everything one process holds for a run. `execute` returns whether the run is complete."""
@@ -38,6 +37,7 @@ class Session:
     def __init__(self, config: Config, world: World, stop: StopSignal, command: Sequence[str]) -> None:
         self.config, self.world, self.stop, self.command = config, world, stop, list(command)
         self.console = ConsoleLogger(config.train.steps, world.is_main and sys.stdout.isatty(), None if world.is_main else _Silent())
+        torch.manual_seed(config.train.seed)
         self.corpus = self._open_corpus()
         self.recipe = recipe(config, self.corpus.digest)
         self.run = config.run or run_id(config, self.corpus.digest)
@@ -53,7 +53,7 @@ class Session:
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
         )
-        self.step = 0
+        self.step = self.first_step = 0
         self.validated_step = -1
         self.saved_step = -1
 
@@ -109,6 +109,10 @@ class Session:
 
     def execute(self) -> bool:
         """Resume if there is something to resume, train, leave a checkpoint; False when a signal ended it early."""
+        with only_writer(self.folder) if self.world.is_main else nullcontext():
+            return self._execute()
+
+    def _execute(self) -> bool:
         self._resume()
         self._open_loggers()
         try:
@@ -133,7 +137,8 @@ class Session:
             if self.step == train.steps:
                 break
             batches = next(self.loader)
-            with forbid_sync(self.world.device, self.config.runtime.detect_sync):
+            # the first step compiles, which waits for the device
+            with forbid_sync(self.world.device, self.config.runtime.detect_sync and self.step > self.first_step):
                 self.trainer.step(self.step, batches)
             self.step += 1
             if self.step % train.log_interval == 0 or self.step == train.steps:
@@ -213,7 +218,7 @@ class Session:
         if "cuda" in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.world.device)
         self.loader.load_state_dict(state["data"])
-        self.step = self.saved_step = state["step"]
+        self.step = self.first_step = self.saved_step = state["step"]
         self.validated_step = state["validated_step"]
         self.rows.resume(self.step, state["elapsed_seconds"])
         self.console.message(f"resuming from step {self.step} in {self.folder}")
@@ -226,6 +231,7 @@ class Session:
         self.folder.mkdir(parents=True, exist_ok=True)
         config = redact(dataclasses.asdict(dataclasses.replace(self.config, run=self.run)))
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        shutil.copyfile(self.corpus.tokenizer_path, self.folder / "tokenizer.json")  # what `moe.generate` reads
         self.metrics_file = MetricsFile(self.folder / "metrics.jsonl")
         self.metrics_file.truncate_after(self.step)
         telemetry = self.config.telemetry

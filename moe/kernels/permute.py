@@ -1,0 +1,120 @@
+"""Move tokens to the rows their experts read, and back.
+
+Rows are (token, choice) pairs ordered by expert. Every step is a sort, a gather or a sum over a token's own K rows: no
+atomics and no host synchronisation, so that results are bitwise reproducible on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Permutation(NamedTuple):
+    """Where each of the T * K slots (token t, choice k) lies once rows are sorted by expert.
+
+    slot_of_row (T*K,) and row_of_slot (T, K) are inverse to each other, token_of_row (T*K,) is slot_of_row // K.
+    tokens_per_expert (E,) counts rows, padding excluded; rows from sum(tokens_per_expert) on belong to padding.
+    valid (T,) is False at padding tokens, None when there are none. All indices are int64.
+    """
+
+    slot_of_row: Tensor
+    token_of_row: Tensor
+    row_of_slot: Tensor
+    tokens_per_expert: Tensor
+    valid: Tensor | None
+
+
+def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | None = None) -> Permutation:
+    """Order the slots of `expert_indices` (T, K) by expert, ties by token and choice; padding tokens come last.
+
+    Entries lie in [0, num_experts); those of padding tokens (`valid` (T,) False) may hold anything.
+    """
+    top_k = expert_indices.shape[1]
+    experts = expert_indices if valid is None else torch.where(valid[:, None], expert_indices, num_experts)
+    # Radix sort reads every byte of the key, so narrow keys are faster.
+    sorted_experts, slot_of_row = experts.flatten().to(torch.int32).sort(stable=True)
+    row_of_slot = torch.empty_like(slot_of_row)
+    row_of_slot.scatter_(0, slot_of_row, torch.arange(slot_of_row.numel(), device=slot_of_row.device))
+    # Boundaries by binary search: bincount would synchronise with the host, and histograms use atomics.
+    expert_ids = torch.arange(num_experts + 1, dtype=torch.int32, device=experts.device)
+    tokens_per_expert = torch.searchsorted(sorted_experts, expert_ids).diff()
+    return Permutation(slot_of_row, slot_of_row // top_k, row_of_slot.view(-1, top_k), tokens_per_expert, valid)
+
+
+def gather_rows(x: Tensor, permutation: Permutation) -> Tensor:
+    """Copy each token to the rows of its experts: (T, H) -> (T*K, H).
+
+    Padding rows are zero and send no gradient back. The backward pass sums a token's K rows in fp32 or better.
+    """
+    return _Gather.apply(_zero_padding(x, permutation.valid), permutation.token_of_row, permutation.row_of_slot)
+
+
+def combine_rows(y: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
+    """Weighted sum of each token's K rows: y (T*K, H), weights (T, K) -> (T, H) in the dtype of y.
+
+    Products and sums are taken in the dtype of `weights` (fp32). Padding tokens come out as zero, and neither their
+    rows nor their weights receive a gradient, whatever they hold.
+    """
+    weights = _zero_padding(weights, permutation.valid)
+    slot_of_row, token_of_row, row_of_slot = permutation[:3]
+    return _zero_padding(_Combine.apply(y, weights, slot_of_row, token_of_row, row_of_slot), permutation.valid)
+
+
+def _zero_padding(per_token: Tensor, valid: Tensor | None) -> Tensor:
+    # A select, not a product: it also stops NaN, on both passes.
+    return per_token if valid is None else torch.where(valid[:, None], per_token, 0)
+
+
+def _sum_of_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+    """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]: (N, H), (T, K) -> (T, H) in the dtype of rows."""
+    if rows.device.type != "cpu":
+        return _sum_of_copied_rows(rows, row_of_slot, weights)
+    # One pass without the (T, K, H) copy, 5 to 10 times faster on the CPU.
+    table = rows if weights is None else rows.to(weights.dtype)
+    return F.embedding_bag(row_of_slot, table, mode="sum", per_sample_weights=weights).to(rows.dtype)
+
+
+def _sum_of_copied_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+    # Plain operations: torch.compile fuses them into one kernel, and sums accumulate in fp32.
+    chosen = rows[row_of_slot]  # (N, H) -> (T, K, H)
+    if weights is not None:
+        chosen = chosen * weights.unsqueeze(-1)
+    return chosen.sum(dim=1).to(rows.dtype)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+        return x.index_select(0, token_of_row)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
+        (row_of_slot,) = ctx.saved_tensors
+        return _sum_of_rows(grad_rows, row_of_slot), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(y: Tensor, weights: Tensor, slot_of_row: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+        return _sum_of_rows(y, row_of_slot, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y, weights, slot_of_row, token_of_row, row_of_slot = ctx.saved_tensors
+        grad_rows = grad_out.index_select(0, token_of_row).to(weights.dtype)  # (T, H) -> (T*K, H)
+        grad_weights = (grad_rows * y).sum(dim=1)[row_of_slot]  # (T*K,) -> (T, K)
+        weight_of_row = weights.flatten()[slot_of_row]
+        grad_y = grad_rows.mul_(weight_of_row.unsqueeze(1)).to(y.dtype)
+        return grad_y, grad_weights, None, None, None

@@ -1,0 +1,56 @@
+"""The bundled corpus, prepared once, and a small one that tests may damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import TokenCorpus
+from data.prepare import prepare
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+SOURCES = [SAMPLE / "en.jsonl", SAMPLE / "zh.jsonl"]
+TOKENIZER = SAMPLE / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def sample_corpus(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
+    return TokenCorpus.open(prepare(SOURCES, TOKENIZER, tmp_path_factory.mktemp("sample") / "corpus"))
+
+
+@pytest.fixture(scope="session")
+def small_sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The first 40 documents of each language, cut to 300 characters."""
+    folder = tmp_path_factory.mktemp("sources")
+    for source in SOURCES:
+        rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:40]]
+        lines = [json.dumps(row | {"text": row["text"][:300]}, ensure_ascii=False) for row in rows]
+        (folder / source.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def small_folder(small_sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(small_sources, TOKENIZER, tmp_path_factory.mktemp("small") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def small_corpus(small_folder: Path) -> TokenCorpus:
+    return TokenCorpus.open(small_folder)
+
+
+@pytest.fixture
+def damaged(small_folder: Path, tmp_path: Path) -> Callable[[Callable[[Path], object]], Path]:
+    """A function that copies the small corpus, lets its argument damage the copy, and returns the copy."""
+
+    def damage(change: Callable[[Path], object]) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.copytree(small_folder, folder)
+        change(folder)
+        return folder
+
+    return damage
