@@ -5,8 +5,8 @@
     python train.py -m +sweep=granularity                              one run after another
     torchrun --nproc_per_node=8 train.py +experiment=moe_2b            the same program on eight GPUs
 
-Exit codes: 0 done, 75 stopped by a signal after saving (run it again to go on), 76 numerical abort, 77 bad data or checkpoint,
-78 bad configuration.
+Exit codes: 0 done, 75 stopped by a signal after saving (run it again to go on), 76 numerical abort, 77 bad data or
+checkpoint, 78 bad configuration.
 """
 
 from __future__ import annotations

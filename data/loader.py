@@ -21,6 +21,7 @@ class TrainLoader:
         global_batch_size: sequences of one optimizer step over all ranks.
         micro_batch_size: sequences of one `Batch`.
         prefetch: steps prepared ahead.
+        pin_memory: put batches into page-locked memory, from which copies to a GPU overlap with its work.
 
     Raises:
         DataError: a size below 1, or `global_batch_size` is not a multiple of `dp_size * micro_batch_size`.
@@ -34,6 +35,7 @@ class TrainLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size, "prefetch": prefetch}
         _require_positive(**sizes, dp_size=dp_size)
@@ -50,6 +52,7 @@ class TrainLoader:
         self._share = global_batch_size // dp_size
         self._dp_rank = dp_rank
         self._prefetch = prefetch
+        self._pin_memory = pin_memory
         self._consumed = 0
         self._pending: deque[Future[list[Batch]]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader")
@@ -103,7 +106,8 @@ class TrainLoader:
     def _step(self, consumed: int) -> list[Batch]:
         first = consumed + self._dp_rank * self._share
         starts = range(first, first + self._share, self._micro_batch_size)
-        return [Batch.stack([self._stream[start + i] for i in range(self._micro_batch_size)]) for start in starts]
+        batches = [Batch.stack([self._stream[start + i] for i in range(self._micro_batch_size)]) for start in starts]
+        return [batch.pin_memory() for batch in batches] if self._pin_memory else batches
 
 
 def validation_batches(

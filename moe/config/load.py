@@ -105,7 +105,8 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 
 def explain(error: BaseException) -> str:
-    """What Hydra or OmegaConf complained of, as one line that names the key and, where it can, the nearest existing one."""
+    """What Hydra or OmegaConf complained of, as one line that names the key and, where it can, the nearest existing
+    one."""
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in|Could not find '([^']+)'", text)
     if "Could not override" in text and unknown:

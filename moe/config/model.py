@@ -1,8 +1,8 @@
 """What a DeepSeekMoE model is: the rung's rules as written in `conf/model/*.yaml`, and the shape they build.
 
-`ArchitectureConfig` states a rung the way the paper does (section 3): a standard FFN, a budget of N such FFNs of which K are
-active, segmented m-fold, with K_s experts isolated as shared. `ArchitectureConfig.build()` derives `ModelConfig`, whose names are
-those of the released model's config.json; the network reads nothing else.
+`ArchitectureConfig` states a rung the way the paper does (section 3): a standard FFN, a budget of N such FFNs of which
+K are active, segmented m-fold, with K_s experts isolated as shared. `ArchitectureConfig.build()` derives `ModelConfig`,
+whose names are those of the released model's config.json; the network reads nothing else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Recipe:
     """Of the layers past `first_k_dense_replace`, those whose index is a multiple of this are MoE layers."""
 
     routing: str = "learned"
-    """`learned`: top-k of the scores; `hash`: a fixed random table from token id to experts (the Hash Layer baseline)."""
+    """`learned`: top-k of the scores; `hash`: a fixed random table from token id to experts (Hash Layer)."""
     scoring_func: str = "softmax"
     norm_topk_prob: bool = False
     aux_loss_alpha: float = 0.01
@@ -58,7 +58,7 @@ class _Recipe:
 
 @dataclass
 class ModelConfig(_Recipe):
-    """One concrete network; widths and counts as in the released config.json. Widths are fractional only for counting."""
+    """One concrete network, named as in the released config.json. Widths are fractional only for counting."""
 
     num_key_value_heads: int = 10
     intermediate_size: float = 6784
@@ -93,8 +93,9 @@ class ModelConfig(_Recipe):
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs per token under the paper's convention: 6 N + 12 L T d.
 
-        N counts attention, the activated FFNs and the head; not the input embedding, the router and the norms. Attention is not
-        halved for causality. Times T this gives the paper's figures per sequence: 4.3T (2B), 74.4T (16B at nominal widths).
+        N counts attention, the activated FFNs and the head; not the input embedding, the router and the norms.
+        Attention is not halved for causality. Times T this gives the paper's figures per sequence: 4.3T (2B), 74.4T
+        (16B at nominal widths).
         """
         weights: float = self.num_hidden_layers * self._attention_params() + self.vocab_size * self.hidden_size
         for layer in range(self.num_hidden_layers):
@@ -222,12 +223,18 @@ class ArchitectureConfig(_Recipe):
             deviation = abs(float(width * (config.n_shared_experts + routed)) / getattr(self, key) - 1)
             if deviation > self.budget_tolerance:
                 raise ConfigError(
-                    f"model.granularity={self.granularity} misses model.{key}={getattr(self, key):g} by {deviation:.2%} "
-                    f"(experts of width {config.moe_intermediate_size}); model.budget_tolerance allows {self.budget_tolerance:.2%}"
+                    f"model.granularity={self.granularity} misses model.{key}={getattr(self, key):g} "
+                    f"by {deviation:.2%} (experts of width {config.moe_intermediate_size}); "
+                    f"model.budget_tolerance allows {self.budget_tolerance:.2%}"
                 )
 
     def _overrides_rule(self) -> bool:
-        overrides = (self.moe_intermediate_size, self.intermediate_size, self.n_routed_experts, self.num_experts_per_tok)
+        overrides = (
+            self.moe_intermediate_size,
+            self.intermediate_size,
+            self.n_routed_experts,
+            self.num_experts_per_tok,
+        )
         return any(value is not None for value in overrides)
 
 
@@ -252,7 +259,9 @@ def _check_model(config: ModelConfig) -> None:
     require(config.head_dim % 2 == 0, "model.num_attention_heads", "such that a head's width is even (RoPE)", heads)
     require(kv_heads >= 1 and heads % kv_heads == 0, "model.num_key_value_heads", f"a divisor of {heads}", kv_heads)
     require(config.moe_layer_freq >= 1, "model.moe_layer_freq", "at least 1", config.moe_layer_freq)
-    require(config.first_k_dense_replace >= 0, "model.first_k_dense_replace", "at least 0", config.first_k_dense_replace)
+    require(
+        config.first_k_dense_replace >= 0, "model.first_k_dense_replace", "at least 0", config.first_k_dense_replace
+    )
     choice("model.routing", config.routing, ("learned", "hash"))
     choice("model.scoring_func", config.scoring_func, ("softmax", "sigmoid"))
     if config.n_routed_experts:
@@ -263,9 +272,19 @@ def _check_mixture(config: ModelConfig) -> None:
     routed, active = config.n_routed_experts, config.num_experts_per_tok
     require(routed > 0, "model.expert_budget", "such that routed experts remain beside the shared ones", routed)
     require(1 <= active <= routed, "model.num_experts_per_tok", f"between 1 and the {routed} routed experts", active)
-    require(bool(config.moe_layers), "model.first_k_dense_replace", "such that a mixture layer remains", config.first_k_dense_replace)
+    require(
+        bool(config.moe_layers),
+        "model.first_k_dense_replace",
+        "such that a mixture layer remains",
+        config.first_k_dense_replace,
+    )
     groups = config.n_device_groups
     require(1 <= groups <= routed, "model.n_device_groups", f"between 1 and the {routed} routed experts", groups)
     if config.routing == "hash":
         for key in ("aux_loss_alpha", "device_aux_loss_alpha", "router_z_loss_alpha", "bias_update_speed"):
-            require(getattr(config, key) == 0, f"model.{key}", "0 with model.routing=hash, which learns no router", getattr(config, key))
+            require(
+                getattr(config, key) == 0,
+                f"model.{key}",
+                "0 with model.routing=hash, which learns no router",
+                getattr(config, key),
+            )

@@ -1,4 +1,5 @@
-"""The typed schema of everything under `conf/`. A key that is not here does not exist; Hydra refuses it before any work."""
+"""The typed schema of everything under `conf/`. A key that is not here does not exist; Hydra refuses it before any
+work."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class GuardConfig:
     """When a step is thrown away. A skipped step leaves parameters, moments and router biases bitwise untouched."""
 
     spike_threshold: float = 8.0
-    """Skip when the loss or the gradient norm lies so many robust deviations above the median of the window; 0: only non-finite ones."""
+    """Skip when the loss or the gradient norm lies so many robust deviations above the median of the window; 0: only
+    non-finite ones."""
     window: int = 64
     """Accepted steps that the median looks back on; spikes count from a full window on."""
     max_consecutive_skips: int = 8
@@ -80,7 +82,7 @@ class TrainConfig:
     """Sequences a forward pass on one rank; changes memory and speed, never the result's definition."""
     seed: int = 0
     compute_dtype: str = "bfloat16"
-    """float32 or bfloat16: what blocks compute in. Master weights, gradients' reduction and routers are float32 always."""
+    """float32 or bfloat16: what blocks compute in. Masters, reductions and routers are always float32."""
     log_interval: int = 10
     """Steps between log rows; the only steps at which the host waits for the device."""
     eval_interval: int = 500

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from moe.config.errors import ConfigError, choice, require
-from moe.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RuntimeConfig, TelemetryConfig, TrainConfig
+from moe.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 
 
 def validate(config: Config) -> None:
@@ -23,7 +31,12 @@ def validate(config: Config) -> None:
     _check_checkpoint(config.checkpoint)
     _check_telemetry(config.telemetry)
     limit = model.max_position_embeddings
-    require(config.data.seq_len <= limit, "data.seq_len", f"at most model.max_position_embeddings={limit}", config.data.seq_len)
+    require(
+        config.data.seq_len <= limit,
+        "data.seq_len",
+        f"at most model.max_position_embeddings={limit}",
+        config.data.seq_len,
+    )
 
 
 def _check_finite(prefix: str, values: dict[str, Any]) -> None:
@@ -45,7 +58,10 @@ def _check_data(data: DataConfig) -> None:
     require(data.seq_len >= 2, "data.seq_len", "at least 2", data.seq_len)
     require(data.prefetch >= 1, "data.prefetch", "at least 1", data.prefetch)
     if data.prepared is None and not (data.sources and data.tokenizer):
-        raise ConfigError("data.prepared must name a folder that `python -m data.prepare` wrote, or data.sources and data.tokenizer files")
+        raise ConfigError(
+            "data.prepared must name a folder that `python -m data.prepare` wrote, "
+            "or data.sources and data.tokenizer files"
+        )
     for language, weight in data.weights.items():
         require(weight > 0, f"data.weights.{language}", "above 0", weight)
 
@@ -58,7 +74,12 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
     for key in ("beta1", "beta2"):
         require(0 <= getattr(optim, key) < 1, f"optim.{key}", "in [0, 1)", getattr(optim, key))
     require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0", optim.weight_decay)
-    require(0 <= schedule.warmup_steps <= steps, "optim.schedule.warmup_steps", f"between 0 and train.steps={steps}", schedule.warmup_steps)
+    require(
+        0 <= schedule.warmup_steps <= steps,
+        "optim.schedule.warmup_steps",
+        f"between 0 and train.steps={steps}",
+        schedule.warmup_steps,
+    )
     rising = sorted(schedule.milestones) == list(schedule.milestones) and all(0 < m < 1 for m in schedule.milestones)
     require(rising, "optim.schedule.milestones", "rising fractions in (0, 1)", schedule.milestones)
     require(schedule.factor > 0, "optim.schedule.factor", "above 0", schedule.factor)
@@ -73,11 +94,18 @@ def _check_train(train: TrainConfig) -> None:
     require(train.seed >= 0, "train.seed", "at least 0", train.seed)
     choice("train.compute_dtype", train.compute_dtype, ("float32", "bfloat16"))
     divides = train.global_batch_size % train.micro_batch_size == 0
-    require(divides, "train.micro_batch_size", f"a divisor of train.global_batch_size={train.global_batch_size}", train.micro_batch_size)
+    require(
+        divides,
+        "train.micro_batch_size",
+        f"a divisor of train.global_batch_size={train.global_batch_size}",
+        train.micro_batch_size,
+    )
     guard = train.guard
     require(guard.spike_threshold >= 0, "train.guard.spike_threshold", "at least 0", guard.spike_threshold)
     require(guard.window >= 8, "train.guard.window", "at least 8", guard.window)
-    require(guard.max_consecutive_skips >= 1, "train.guard.max_consecutive_skips", "at least 1", guard.max_consecutive_skips)
+    require(
+        guard.max_consecutive_skips >= 1, "train.guard.max_consecutive_skips", "at least 1", guard.max_consecutive_skips
+    )
 
 
 def _check_runtime(runtime: RuntimeConfig) -> None:

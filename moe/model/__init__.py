@@ -8,5 +8,14 @@ from moe.model.init import initialise
 from moe.model.transformer import Block, ModelOutput, Transformer
 
 __all__ = [
-    "IGNORE_INDEX", "Block", "KVCache", "LossSums", "MoE", "ModelOutput", "RoutingStats", "Tokens", "Transformer", "initialise",
+    "IGNORE_INDEX",
+    "Block",
+    "KVCache",
+    "LossSums",
+    "MoE",
+    "ModelOutput",
+    "RoutingStats",
+    "Tokens",
+    "Transformer",
+    "initialise",
 ]

@@ -9,14 +9,22 @@ from torch.nn.attention import SDPBackend
 
 from moe.config.model import ModelConfig
 
-# On Hopper cuDNN's attention is 1.8 times as fast as the flash kernel torch ships (docs/log.md); the others are fallbacks.
-ATTENTION_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# On Hopper cuDNN's attention is 1.8 times as fast as the flash kernel torch ships (docs/log.md); the others are
+# fallbacks.
+ATTENTION_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class KVCache:
     """Keys and values of one layer, filled left to right. Shapes (B, kv_heads, max_len, head_dim)."""
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -33,19 +41,23 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines in the released model's convention: (T,) -> 2 x (T, head_dim), float32, the two halves equal."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions.float()[:, None] * frequencies  # (T,) -> (T, head_dim / 2)
+def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in the released model's convention: (T,) -> 2 x (T, head_dim), the halves equal."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim)
+    angles = positions.to(dtype)[:, None] * frequencies  # (T,) -> (T, head_dim / 2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, T, heads, head_dim) by (T, head_dim) angles; halves are paired, not neighbours (LLaMA's rotate_half)."""
-    first, second = x.float().chunk(2, dim=-1)
+    """Rotate (B, T, heads, head_dim) by (T, head_dim) angles, in the angles' dtype.
+
+    Halves are paired, not neighbours (LLaMA's rotate_half).
+    """
+    exact = x.to(cos.dtype)
+    first, second = exact.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos[:, None] + rotated * sin[:, None]).to(x.dtype)
+    return (exact * cos[:, None] + rotated * sin[:, None]).to(x.dtype)
 
 
 class Attention(nn.Module):

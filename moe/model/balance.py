@@ -6,13 +6,14 @@ With N' routed experts, K' of them active, over the T tokens of a sequence:
     L_ExpBal = alpha_1 * sum_i f_i P_i                                              (equations 12-14)
     L_DevBal = alpha_2 * sum_d f'_d P'_d,   f'_d = mean of f_i, P'_d = sum of P_i over the experts of group d   (15-17)
 
-Both equal their alpha under uniform routing. Every loss here comes back as a sum over tokens, a sequence of n tokens counting n
-times, so that the trainer divides it by the same global token count as the cross-entropy: the gradient then does not depend on how
-the step was cut into micro-batches and ranks. f carries no gradient; P does.
+Both equal their alpha under uniform routing. Every loss here comes back as a sum over tokens, a sequence of n tokens
+counting n times, so that the trainer divides it by the same global token count as the cross-entropy: the gradient then
+does not depend on how the step was cut into micro-batches and ranks. f carries no gradient; P does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Tokens(NamedTuple):
 
 
 class RoutingStats(NamedTuple):
-    """What one layer reports of one micro-batch. Losses carry their alpha, are summed over tokens and alone have gradients."""
+    """What one layer reports of one micro-batch. Losses carry their alpha, are summed over tokens and alone have
+    gradients."""
 
     expert_balance: Tensor
     device_balance: Tensor
@@ -70,14 +72,23 @@ def routing_sums(routing: Routing, tokens: Tokens, num_languages: int, num_exper
     return RoutingSums(counts, scores, tokens.valid.sum(dim=1).float())
 
 
-def balance_losses(sums: RoutingSums, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Expert-level and device-level loss, each summed over tokens.
+def alone(tensor: Tensor) -> Tensor:
+    """The pooling of a single rank."""
+    return tensor
 
-    Per sequence (`seq_aux`), or with all sequences of the micro-batch pooled into one.
+
+def balance_losses(
+    sums: RoutingSums, config: ModelConfig, pool: Callable[[Tensor], Tensor] = alone
+) -> tuple[Tensor, Tensor]:
+    """Expert-level and device-level loss, each summed over this rank's tokens.
+
+    Per sequence (`seq_aux`), or with all sequences of one micro-batch pooled into one over all data-parallel ranks,
+    which `pool` sums over. The pooled form depends on how a step is cut into micro-batches; the other does not.
     """
-    counts, scores, tokens = sums.counts.sum(dim=1).float(), sums.scores, sums.tokens
+    counts, scores, tokens = sums.counts.sum(dim=1).to(sums.scores.dtype), sums.scores, sums.tokens
     if not config.seq_aux:
-        counts, scores, tokens = counts.sum(0, keepdim=True), scores.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
+        counts, tokens = pool(counts.sum(0, keepdim=True)), pool(tokens.sum(0, keepdim=True))
+        scores = scores.sum(0, keepdim=True)
     ratio = config.n_routed_experts / config.num_experts_per_tok
     f = ratio * counts / tokens.clamp(min=1)[:, None]  # (B, E)
     # n P_i is the plain sum of scores: weighting a sequence by its n tokens cancels P's division
@@ -89,27 +100,36 @@ def balance_losses(sums: RoutingSums, config: ModelConfig) -> tuple[Tensor, Tens
 
 def _by_device(f: Tensor, scores: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """(B, E) -> 2 x (B, D): mean of f and sum of the scores over each group of consecutive experts."""
-    members = device_groups(f.shape[1], groups, f.device)  # (E, D)
+    members = device_groups(f.shape[1], groups, f.device).to(f.dtype)  # (E, D)
     return f @ (members / members.sum(dim=0)), scores @ members
 
 
 def device_groups(num_experts: int, groups: int, device: torch.device) -> Tensor:
-    """(E, D) membership of D consecutive groups whose sizes differ by at most one, larger ones first (63 over 4: 16, 16, 16, 15)."""
+    """(E, D) 0 or 1: membership of D consecutive groups.
+
+    Their sizes differ by at most one, larger ones first (63 over 4: 16, 16, 16, 15).
+    """
     small, larger = divmod(num_experts, groups)
     expert = torch.arange(num_experts, device=device)
     boundary = larger * (small + 1)
     group = torch.where(expert < boundary, expert // (small + 1), larger + (expert - boundary) // max(small, 1))
-    return torch.nn.functional.one_hot(group, groups).float()
+    return torch.nn.functional.one_hot(group, groups)
 
 
-def routing_stats(routing: Routing, tokens: Tokens, num_languages: int, config: ModelConfig) -> RoutingStats:
+def routing_stats(
+    routing: Routing,
+    tokens: Tokens,
+    num_languages: int,
+    config: ModelConfig,
+    pool: Callable[[Tensor], Tensor] = alone,
+) -> RoutingStats:
     """Losses and telemetry of one layer for one micro-batch."""
     sums = routing_sums(routing, tokens, num_languages, config.n_routed_experts)
     counts = sums.counts.sum(dim=0)
     if routing.scores is None or routing.logits is None:
         zero = torch.zeros((), device=counts.device)
         return RoutingStats(zero, zero, zero, counts, zero)
-    expert_balance, device_balance = balance_losses(sums, config)
+    expert_balance, device_balance = balance_losses(sums, config, pool)
     valid = tokens.valid.flatten()
     z_loss = config.router_z_loss_alpha * (routing.logits.logsumexp(dim=-1).square() * valid).sum()
     entropy = torch.special.entr(routing.scores.detach()).sum(dim=-1)

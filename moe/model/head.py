@@ -1,4 +1,4 @@
-"""The head and the loss as one module: hidden states and labels in, loss sums by language out; full logits never exist."""
+"""The head and the loss as one module: hidden states and labels in, loss sums by language out, logits never kept."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class LMHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., V) float32; for generation."""
-        return F.linear(hidden, self.weight).float()
+        """(..., H) -> (..., V), at least float32; for generation."""
+        return _project(hidden, self.weight)
 
     def forward(self, hidden: Tensor, labels: Tensor, label_languages: Tensor) -> LossSums:
         """(B, T, H) hidden states, (B, T) labels (IGNORE_INDEX: not scored) and their languages -> LossSums."""
@@ -51,6 +51,11 @@ class LMHead(nn.Module):
 
     def chunk_loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, label_languages: Tensor) -> Tensor:
         """(N, H) x (V, H) -> (languages,) sums of cross-entropy."""
-        logits = F.linear(hidden, weight).float()
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-        return losses @ F.one_hot(label_languages, self.num_languages).float()
+        losses = F.cross_entropy(_project(hidden, weight), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        return losses @ F.one_hot(label_languages, self.num_languages).to(losses.dtype)
+
+
+def _project(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(..., H) x (V, H) -> (..., V) logits, at least float32."""
+    logits = F.linear(hidden, weight)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -14,10 +14,16 @@ from moe.model.experts import GroupedExperts
 def initialise(model: nn.Module, std: float, seed: int) -> None:
     """Fill all parameters in place.
 
-    Every matrix, and of stacked experts every expert, draws from a stream of its own, keyed by the seed and its name: a value does not
-    depend on which other parameters exist beside it, so neither a pipeline stage nor an expert shard changes it.
+    Every matrix, and of stacked experts every expert, draws from a stream of its own, keyed by the seed and its name: a
+    value does not depend on which other parameters exist beside it, so neither a pipeline stage nor an expert shard
+    changes it.
     """
-    stacked = {f"{name}.{key}" for name, m in model.named_modules() if isinstance(m, GroupedExperts) for key, _ in m.named_parameters()}
+    stacked = {
+        f"{name}.{key}"
+        for name, m in model.named_modules()
+        if isinstance(m, GroupedExperts)
+        for key, _ in m.named_parameters()
+    }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). K_s shared experts of width I are one MLP of width K_s I: the sum of their outputs."""
+    """down(silu(gate(x)) * up(x)). K_s shared experts of width I are one MLP of width K_s I: their sum."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The network once more in plain, slow torch: the oracle that the real one is tested against.
 
-Written from the paper's equations alone, token by token and expert by expert, in the dtype of the weights it is given (float64 in
-tests). It shares no code with the fast path.
+Written from the paper's equations alone, token by token and expert by expert, in the dtype of the weights it is given
+(float64 in tests). It shares no code with the fast path.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Routers: which experts a token meets, and with what weight. Weights and arithmetic are float32 whatever the model computes in.
+"""Routers: which experts a token meets, with what weight. Arithmetic is at least float32, whatever the model computes
+in.
 
-A router takes hidden states and token ids, so that the paper's baselines (top-1, top-2, hash) are configurations of one layer.
+A router takes hidden states and token ids, so that the paper's baselines (top-1, top-2, hash) are configurations of one
+layer.
 """
 
 from __future__ import annotations
@@ -27,11 +29,21 @@ class Routing(NamedTuple):
     """(N, E) float32."""
 
 
+class KeptChoice:
+    """The experts chosen in a block's forward pass, for its recomputation in the backward pass.
+
+    A choice made twice could differ in a tie or by a rounding, and with it every shape after it and the sizes of
+    all-to-alls.
+    """
+
+    expert_indices: Tensor | None = None
+
+
 class TopKRouter(nn.Module):
     """Token-choice top-k (equations 10 and 11), softmax or sigmoid scores, optionally with a selection bias.
 
-    The paper's weights are the raw scores of the chosen experts; `norm_topk_prob` renormalises them to sum to 1. The bias of
-    auxiliary-loss-free balancing (arXiv 2408.15664) takes part in the choice alone, never in the weights.
+    The paper's weights are the raw scores of the chosen experts; `norm_topk_prob` renormalises them to sum to 1. The
+    bias of auxiliary-loss-free balancing (arXiv 2408.15664) takes part in the choice alone, never in the weights.
     """
 
     expert_bias: Tensor | None
@@ -46,13 +58,14 @@ class TopKRouter(nn.Module):
         bias = torch.zeros(config.n_routed_experts) if config.bias_update_speed > 0 else None
         self.register_buffer("expert_bias", bias)
 
-    def forward(self, x: Tensor, token_ids: Tensor) -> Routing:
-        """(N, H) hidden states and (N,) ids (unused here) -> Routing."""
+    def forward(self, x: Tensor, token_ids: Tensor, kept: KeptChoice | None = None) -> Routing:
+        """(N, H) hidden states and (N,) ids (unused here) -> Routing, by the choice that `kept` may hold already."""
         logits, log_scores = self.score(x)
-        preference = log_scores.detach()
-        if self.expert_bias is not None:
-            preference = preference.exp() + self.expert_bias
-        expert_indices = preference.topk(self.top_k, dim=-1, sorted=False).indices
+        expert_indices = None if kept is None else kept.expert_indices
+        if expert_indices is None:
+            expert_indices = self.choose(log_scores.detach())
+        if kept is not None:
+            kept.expert_indices = expert_indices
         chosen = log_scores.gather(-1, expert_indices)
         weights = chosen.softmax(dim=-1) if self.norm_topk_prob else chosen.exp()
         return Routing(expert_indices, weights, log_scores.softmax(dim=-1), logits)
@@ -62,14 +75,21 @@ class TopKRouter(nn.Module):
 
         In log space, renormalising needs no epsilon that a router could exploit by driving every sigmoid to zero.
         """
-        logits = F.linear(x.float(), self.weight.float())
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(dtype), self.weight.to(dtype))
         return logits, F.logsigmoid(logits) if self.scoring_func == "sigmoid" else logits.log_softmax(dim=-1)
+
+    def choose(self, log_scores: Tensor) -> Tensor:
+        """(N, E) -> (N, K) experts."""
+        preference = log_scores if self.expert_bias is None else log_scores.exp() + self.expert_bias
+        return preference.topk(self.top_k, dim=-1, sorted=False).indices
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, keep: Tensor) -> None:
         """Raise the bias of underloaded experts by one step, lower the others'.
 
-        `counts` (E,): tokens each expert got in the whole optimizer step, over all ranks; `keep` (): 0 leaves the bias untouched.
+        `counts` (E,): tokens each expert got in the whole optimizer step, over all ranks; `keep` (): 0 leaves the bias
+        untouched.
         """
         assert self.expert_bias is not None
         counts = counts.float()
@@ -78,23 +98,25 @@ class TopKRouter(nn.Module):
 
 
 class HashRouter(nn.Module):
-    """A fixed random table from token id to K distinct experts, equally weighted (Roller et al. 2021; top-1 in the paper)."""
+    """A fixed random table from token id to K distinct experts, equally weighted (Roller et al. 2021; top-1 in the
+    paper)."""
 
     table: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
-        self.register_buffer("table", self._build(config.vocab_size), persistent=False)
+        table = self._build(config.vocab_size).to(torch.get_default_device())
+        self.register_buffer("table", table, persistent=False)
 
     def _build(self, vocab_size: int) -> Tensor:
         """(vocab, K): a random order of the ids dealt to the experts in turn, so that each serves as many ids."""
         with torch.device("cpu"):
             order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
-        return (order[:, None] + torch.arange(self.top_k)) % self.num_experts
+            return (order[:, None] + torch.arange(self.top_k)) % self.num_experts
 
-    def forward(self, x: Tensor, token_ids: Tensor) -> Routing:
-        """(N, H) hidden states (unused here) and (N,) ids -> Routing."""
+    def forward(self, x: Tensor, token_ids: Tensor, kept: KeptChoice | None = None) -> Routing:
+        """(N, H) hidden states and (N,) ids -> Routing. Only the ids matter, and a table needs nothing `kept`."""
         expert_indices = self.table[token_ids]
         weights = torch.full(expert_indices.shape, 1 / self.top_k, device=x.device)
         return Routing(expert_indices, weights, None, None)

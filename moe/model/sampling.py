@@ -22,14 +22,16 @@ def continuation(
     stop_id: int | None = None,
     num_ids: int | None = None,
     seed: int = 0,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Iterator[int]:
     """Yield up to `max_new_tokens` ids that follow `prompt`, ending before `stop_id`.
 
-    `temperature` 0 is greedy; `top_p` keeps the smallest set of ids whose probability reaches it; `num_ids` bars the padding rows of a
-    vocabulary larger than its tokenizer. Raises ValueError when prompt and continuation exceed the model's positions.
+    `temperature` 0 is greedy; `top_p` keeps the smallest set of ids whose probability reaches it; `num_ids` bars the
+    padding rows of a vocabulary larger than its tokenizer; `compute_dtype` is what blocks compute in (FSDP's parameters
+    do not tell). Raises ValueError when prompt and continuation exceed the model's positions.
     """
-    config, weight = model.config, model.lm_head
-    assert weight is not None
+    config, head = model.config, model.lm_head
+    assert head is not None
     length = len(prompt) + max_new_tokens
     if not prompt or length > config.max_position_embeddings:
         raise ValueError(
@@ -37,13 +39,12 @@ def continuation(
             f"{config.max_position_embeddings} positions"
         )
     device = next(model.parameters()).device
-    dtype = model.lm_head.weight.dtype if model.lm_head else torch.float32
-    caches = [KVCache(config, 1, length, device, dtype) for _ in model.layers]
+    caches = [KVCache(config, 1, length, device, compute_dtype) for _ in model.layers]
     generator = torch.Generator(device).manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
     for _ in range(max_new_tokens):
         hidden = model(ids, caches=caches).hidden
-        logits = model.lm_head.logits(hidden[0, -1])[:num_ids]  # type: ignore[union-attr]
+        logits = head.logits(hidden[0, -1])[:num_ids]
         token = choose(logits, temperature, top_p, generator)
         if token == stop_id:
             return
@@ -55,7 +56,8 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """(V,) logits -> one id."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, ids = (logits / temperature).softmax(dim=-1).sort(descending=True)
+    scaled = (logits - logits.max()) / temperature  # at most 0: no temperature can make it overflow
+    probabilities, ids = scaled.softmax(dim=-1).sort(descending=True)
     outside = probabilities.cumsum(dim=-1) - probabilities >= top_p
     probabilities = probabilities.masked_fill(outside, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,19 +1,19 @@
 """The DeepSeekMoE transformer, written for one device: embedding, blocks, head.
 
-Module and parameter names are those of the released state dict (without its leading "model."), except that a layer's routed experts
-are stacked. Parallelism is applied from outside (`moe.parallel`); a pipeline stage is the same class over a part of the layers.
+Module and parameter names are those of the released state dict (without its leading "model."), except that a layer's
+routed experts are stacked. Parallelism is applied from outside (`moe.parallel`); a pipeline stage is the same class
+over a part of the layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from moe.config.model import ModelConfig
 from moe.model.attention import ATTENTION_BACKENDS, Attention, KVCache, rotary_angles
@@ -21,6 +21,7 @@ from moe.model.balance import RoutingStats, Tokens
 from moe.model.experts import MoE
 from moe.model.head import LMHead, LossSums
 from moe.model.mlp import MLP
+from moe.model.router import KeptChoice
 
 
 class ModelOutput(NamedTuple):
@@ -30,11 +31,6 @@ class ModelOutput(NamedTuple):
     """Where labels were given."""
     routing: list[RoutingStats]
     """One entry a MoE layer of this stage, in order."""
-
-
-def _save_choices(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep top-k's result and recompute the rest: a choice made twice could differ, and with it the sizes of all-to-alls."""
-    return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.topk.default else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -58,16 +54,15 @@ class Block(nn.Module):
         """(B, T, H) -> (B, T, H) and, for a MoE layer, its statistics."""
         if not (self.recompute and torch.is_grad_enabled()):
             return self._forward(x, cos, sin, tokens, cache)
-        contexts = partial(create_selective_checkpoint_contexts, _save_choices)
-        return checkpoint(self._forward, x, cos, sin, tokens, None, use_reentrant=False, context_fn=contexts)
+        return checkpoint(self._forward, x, cos, sin, tokens, None, KeptChoice(), use_reentrant=False)
 
     def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tokens, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tokens, cache: KVCache | None, kept: KeptChoice | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
             x, normed = self.attend(x, cos, sin, cache)
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(normed, tokens)
+            y, stats = self.mlp(normed, tokens, kept)
             return x + y, stats
         return x + self.mlp(normed), None
 
@@ -78,7 +73,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole network, or the pipeline stage made of `layers`; the first stage embeds, the last one has norm and head."""
+    """The whole network, or the pipeline stage made of `layers`; the first stage embeds, the last one has norm and
+    head."""
 
     def __init__(
         self,
@@ -110,19 +106,24 @@ class Transformer(nn.Module):
         hidden: Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> ModelOutput:
-        """(B, T) ids -> ModelOutput. A later pipeline stage is given the former's `hidden`; generation gives `caches`, one a block.
+        """(B, T) ids -> ModelOutput. A later pipeline stage is given the former's `hidden`; generation gives `caches`,
+        one a block.
 
-        `languages` and `label_languages` (B, T) index the language of inputs and labels (default: all 0); `valid` is False at padding.
+        `languages` and `label_languages` (B, T) index the language of inputs and labels (default: all 0); `valid` is
+        False at padding.
         """
-        start = caches[0].length if caches else 0
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         tokens = Tokens(
             input_ids,
             torch.zeros_like(input_ids) if languages is None else languages,
             torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid,
         )
-        x = self.embed_tokens(input_ids) if self.embed_tokens is not None else hidden
+        x = hidden if self.embed_tokens is None else self.embed_tokens(input_ids)
+        assert x is not None
+        start = caches[0].length if caches else 0
+        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        cos, sin = rotary_angles(
+            positions, self.config.head_dim, self.config.rope_theta, torch.promote_types(x.dtype, torch.float32)
+        )
         routing = []
         for index, block in enumerate(self.layers.values()):
             x, stats = block(x, cos, sin, tokens, caches[index] if caches else None)

@@ -1,9 +1,9 @@
 """The one function that turns the single-device model into what a run executes, always in this order:
 activation checkpointing -> compile -> FSDP2.
 
-Precision has one mechanism on every world size, one included: parameters are float32 masters held by FSDP2; its mixed-precision policy
-hands blocks a copy in the compute dtype, kept across the micro-batches of a step so that the cast is paid once; gradients accumulate
-and reduce in float32. Routers are groups of their own whose policy is float32.
+Precision has one mechanism on every world size, one included: parameters are float32 masters held by FSDP2; its
+mixed-precision policy hands blocks a copy in the compute dtype, kept across the micro-batches of a step so that the
+cast is paid once; gradients accumulate and reduce in float32. Routers are groups of their own whose policy is float32.
 """
 
 from __future__ import annotations
@@ -24,24 +24,39 @@ def parallelize(model: Transformer, world: World, compute_dtype: torch.dtype, ru
     for block in model.layers.values():
         assert isinstance(block, Block)
         block.recompute = runtime.activation_checkpointing
+        if isinstance(block.mlp, MoE):
+            block.mlp.pool = world.sum
     if runtime.compile:
-        _compile(model)
+        _compile(model, compute_dtype)
     _shard(model, world, compute_dtype)
 
 
-def _compile(model: Transformer) -> None:
-    """Compile what has static shapes; dispatch and grouped experts, whose sizes follow the data, stay eager between the regions."""
+def _compile(model: Transformer, compute_dtype: torch.dtype) -> None:
+    """Compile what has static shapes, each part on its own.
+
+    A local dispatch has them too: N K rows however they are routed. One that exchanges rows between ranks has not, and
+    must stay between compiled regions.
+    """
     for block in model.layers.values():
+        assert isinstance(block, Block)
         block.attend = torch.compile(block.attend)  # type: ignore[method-assign]
-        if not isinstance(block.mlp, MoE):
+        if isinstance(block.mlp, MoE):
+            _compile_mixture(block.mlp, compute_dtype)
+        else:
             block.mlp.compile()
-            continue
-        if isinstance(block.mlp.gate, TopKRouter):
-            block.mlp.gate.score = torch.compile(block.mlp.gate.score)  # type: ignore[method-assign]
-        if block.mlp.shared_experts is not None:
-            block.mlp.shared_experts.compile()
     if model.lm_head is not None:
         model.lm_head.chunk_loss = torch.compile(model.lm_head.chunk_loss)  # type: ignore[method-assign]
+
+
+def _compile_mixture(mixture: MoE, compute_dtype: torch.dtype) -> None:
+    if isinstance(mixture.gate, TopKRouter):
+        mixture.gate.score = torch.compile(mixture.gate.score)  # type: ignore[method-assign]
+    if mixture.experts.backend == "grouped_mm" and compute_dtype == torch.bfloat16:  # torch traces it in no other dtype
+        mixture.routed = torch.compile(mixture.routed)  # type: ignore[method-assign]
+    if mixture.config.seq_aux:  # the pooled form may all-reduce
+        mixture.statistics = torch.compile(mixture.statistics)  # type: ignore[method-assign]
+    if mixture.shared_experts is not None:
+        mixture.shared_experts.compile()
 
 
 def _shard(model: Transformer, world: World, compute_dtype: torch.dtype) -> None:

@@ -9,9 +9,11 @@ from moe.model import LossSums, RoutingStats
 
 
 class StepSums:
-    """What one optimizer step adds up over its micro-batches and ranks, packed in one tensor so that one all-reduce serves all.
+    """What one optimizer step adds up over its micro-batches and ranks, packed in one tensor so that one all-reduce
+    serves all.
 
-    Layout: cross-entropy and labels by language, the three balance terms, one entropy a MoE layer, then the expert counts.
+    Layout: cross-entropy and labels by language, the three balance terms, one entropy a MoE layer, then the expert
+    counts.
     """
 
     def __init__(self, num_languages: int, num_layers: int, num_experts: int, device: torch.device) -> None:
@@ -69,7 +71,8 @@ class MetricAccumulator:
         self.scalars += torch.stack([keep, 1 - keep, norm]).double()
 
     def fetch(self, consecutive_skips: Tensor) -> tuple[list[Tensor], list[float]]:
-        """The sums as `StepSums.unpack` gives them and [accepted, skipped, norm sum, consecutive skips], then start over.
+        """The sums as `StepSums.unpack` gives them and [accepted, skipped, norm sum, consecutive skips], then start
+        over.
 
         The one place where the host waits for the device.
         """

@@ -35,7 +35,8 @@ __all__ = ["EXIT_CODES", "EXIT_PREEMPTED", "run"]
 
 
 def run(config: Config, command: Sequence[str]) -> None:
-    """Train as `config` says; `command` is what was typed. Ends the process with an exit code of `train.py` unless all went well."""
+    """Train as `config` says; `command` is what was typed. Ends the process with an exit code of `train.py` unless all
+    went well."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         finished = _run(config, command)

@@ -20,8 +20,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """The `validation` object of a metrics row; None when `should_stop` interrupted it.
 
-    Bits per byte: cross-entropy of all held-out tokens in bits over the UTF-8 bytes they stand for, so that tokenizers compare.
-    Balance statistics of held-out text are thrown away: they take part in no update.
+    Bits per byte: cross-entropy of all held-out tokens in bits over the UTF-8 bytes they stand for, so that tokenizers
+    compare. Balance statistics of held-out text are thrown away: they take part in no update.
     """
     byte_lengths = torch.from_numpy(Tokenizer.load(stream.corpus.tokenizer_path).byte_lengths()).to(world.device)
     languages = stream.corpus.languages
@@ -46,7 +46,7 @@ def evaluate(
 
 
 def summarise(sums: np.ndarray, languages: tuple[str, ...]) -> dict[str, Any]:
-    """(languages, 3) sums of nats, labels, bytes -> losses in nats a token and bits per byte, overall and by language."""
+    """(languages, 3) sums of nats, labels, bytes -> nats a token and bits per byte, overall and by language."""
     by_language = {}
     for language, (nats, labels, num_bytes) in zip(languages, sums, strict=True):
         by_language[language] = {**_rates(nats, labels, num_bytes), "tokens": int(labels), "bytes": int(num_bytes)}

@@ -18,8 +18,9 @@ class NumericalAbort(RuntimeError):
 class StepGuard:
     """Refuses steps whose loss or gradient norm is not finite or is a spike against the recent accepted ones.
 
-    A spike lies more than `spike_threshold` robust standard deviations (1.4826 times the median absolute deviation, at least 2 % of
-    the median) above the median of the last `window` accepted steps. All state is on the device and in the checkpoint.
+    A spike lies more than `spike_threshold` robust standard deviations (1.4826 times the median absolute deviation, at
+    least 2 % of the median) above the median of the last `window` accepted steps. All state is on the device and in the
+    checkpoint.
     """
 
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
@@ -51,8 +52,9 @@ class StepGuard:
         """Raise NumericalAbort when the run cannot go on; called with the fetched counter at log rows."""
         if consecutive_skips >= self.config.max_consecutive_skips:
             raise NumericalAbort(
-                f"step {step}: the last {consecutive_skips} steps were skipped for non-finite or spiking loss or gradients "
-                f"(train.guard.max_consecutive_skips={self.config.max_consecutive_skips}); lower optim.lr or look at the data"
+                f"step {step}: the last {consecutive_skips} steps were skipped for non-finite or spiking loss or "
+                f"gradients (train.guard.max_consecutive_skips={self.config.max_consecutive_skips}); "
+                "lower optim.lr or look at the data"
             )
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from moe.parallel import World, local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, weight decay on matrices only, its state allocated now so that a checkpoint always holds all of it."""
+    """Fused AdamW, weight decay on matrices only; its state is allocated now, so that every checkpoint holds it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
@@ -34,17 +34,18 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
-    """The rate of step `step`, counted from 0: a pure function of the data step, so a skipped step does not delay it."""
+    """The rate of step `step`, from 0: a pure function of the data step, so a skipped step does not delay it."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
     progress = step / total_steps
     if schedule.shape == "multistep":
         return peak * schedule.factor ** sum(progress >= milestone for milestone in schedule.milestones)
     if schedule.shape == "cosine":
-        done = (step - schedule.warmup_steps) / max(1, total_steps - schedule.warmup_steps)
+        done = (step - schedule.warmup_steps) / max(1, total_steps - 1 - schedule.warmup_steps)
         return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * (1 + math.cos(math.pi * done)) / 2)
-    if schedule.shape == "wsd" and progress > 1 - schedule.decay_fraction:
-        left = (1 - progress) / schedule.decay_fraction
+    decay_start = total_steps * (1 - schedule.decay_fraction)
+    if schedule.shape == "wsd" and step > decay_start:
+        left = (total_steps - 1 - step) / max(1, total_steps - 1 - decay_start)
         return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * left)
     return peak
 

@@ -56,7 +56,7 @@ class RowWriter:
     def build(self, step: int) -> dict[str, Any]:
         """The row of `step` finished steps. Waits for the device; raises NumericalAbort when skips pile up."""
         sums, (accepted, skipped, norms, consecutive) = self.trainer.metrics.fetch(self.trainer.guard.consecutive_skips)
-        row = {"step": step, "tokens": step * self.tokens_per_step}
+        row: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step}
         row |= self._losses(sums[0], sums[1])
         row |= {"lr": self.trainer.optimizer.param_groups[0]["lr"], "grad_norm": norms / accepted if accepted else None}
         row |= self._balance(sums, accepted) | {"skipped_steps": int(skipped)} | self._speed(step)

@@ -1,4 +1,4 @@
-"""One writer a run folder: two processes that train into the same one would tear each other's metrics and checkpoints."""
+"""One writer a run folder: two training into the same one would tear each other's metrics and checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the finished model writes: completions of prompts, with their words counted against those of the training text."""
+"""What the finished model writes: completions of prompts, their words counted against the training text's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _MIN_OCCURRENCES = 2
 
 
 def complete_prompts(model: Transformer, corpus: TokenCorpus, config: Config) -> list[dict[str, Any]]:
-    """The rows of samples.json: for every configured prompt of a language that the corpus has, a completion and its words."""
+    """The rows of samples.json: for every configured prompt of a language that the corpus has, a completion and its
+    words."""
     tokenizer = Tokenizer.load(corpus.tokenizer_path)
     rows = []
     model.eval()
@@ -28,7 +29,8 @@ def complete_prompts(model: Transformer, corpus: TokenCorpus, config: Config) ->
             continue
         known = lexicon(training_text(corpus, tokenizer, language))
         for prompt in prompts:
-            completion = complete(model, tokenizer, prompt, config)
+            with torch.compiler.set_stance("force_eager"):  # every token has a new length
+                completion = complete(model, tokenizer, prompt, config)
             found = words(completion)
             rows.append(
                 {

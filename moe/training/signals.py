@@ -16,8 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignal:
     """A flag that any rank may raise.
 
-    On several ranks it rides on a reduction that every step does anyway: `tensor()` goes in, `observe()` takes the sum, and `agreed()`
-    at the start of the next step reads the sum through a pinned copy that has long arrived. All ranks therefore stop at the same step.
+    On several ranks it rides on a reduction that every step does anyway: `tensor()` goes in, `observe()` takes the sum,
+    and `agreed()` at the start of the next step reads the sum through a pinned copy that has long arrived. All ranks
+    therefore stop at the same step.
     """
 
     def __init__(self, device: torch.device, world_size: int) -> None:

@@ -46,8 +46,12 @@ class Trainer:
 
     def _count(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """Labels and tokens of the whole global batch, on the device, before any backward pass."""
-        counts = [sum(b.num_labels() for b in micro_batches), sum(b.valid.sum() for b in micro_batches), self.stop.value()]
-        totals = torch.tensor([float(count) for count in counts])
+        counts = [
+            sum(b.num_labels() for b in micro_batches),
+            sum(b.valid.sum() for b in micro_batches),
+            self.stop.value(),
+        ]
+        totals = torch.tensor([float(count) for count in counts], dtype=torch.float64)
         if self.world.device.type == "cuda":
             totals = totals.pin_memory().to(self.world.device, non_blocking=True)
         self.world.sum(totals)
@@ -55,7 +59,8 @@ class Trainer:
         return totals[0], totals[1]
 
     def _forward_backward(self, batch: Batch, num_labels: Tensor, num_tokens: Tensor) -> None:
-        """Add one micro-batch's gradients: its cross-entropy over all labels of the step, its balance losses over all tokens."""
+        """Add one micro-batch's gradients: its cross-entropy over all labels of the step, its balance losses over all
+        tokens."""
         output = self.model(
             batch.input_ids,
             labels=batch.labels,

@@ -23,7 +23,9 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, cache: Path) -> None:
 
 
 def test_missing_corpus_file(tmp_path: Path, cache: Path) -> None:
-    assert "nowhere.jsonl" in only_line(train(tmp_path, cache, "data.sources=[nowhere.jsonl]", "train.steps=5", code=77))
+    assert "nowhere.jsonl" in only_line(
+        train(tmp_path, cache, "data.sources=[nowhere.jsonl]", "train.steps=5", code=77)
+    )
 
 
 def test_bad_row_names_file_and_row(tmp_path: Path, cache: Path) -> None:
@@ -75,8 +77,8 @@ def test_secrets_never_reach_the_run_folder(tmp_path: Path, cache: Path, monkeyp
 
 
 def test_another_process_in_the_same_run_is_refused(tmp_path: Path, cache: Path) -> None:
-    from training_helpers import start
     from test_resume import wait_for_rows
+    from training_helpers import start
 
     first = start(tmp_path, cache, "train.steps=100000")
     wait_for_rows(tmp_path, 1, first)

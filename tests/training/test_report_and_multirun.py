@@ -30,7 +30,14 @@ def test_run_leaves_metrics_samples_and_a_report(tmp_path: Path, cache: Path) ->
 def test_gradient_accumulation_changes_no_metric(tmp_path: Path, cache: Path) -> None:
     """Losses agree to rounding; expert counts, labels and tokens exactly."""
     train(tmp_path / "whole", cache, "train.steps=3", "train.log_interval=1", "model.bias_update_speed=0.01")
-    train(tmp_path / "parts", cache, "train.steps=3", "train.log_interval=1", "model.bias_update_speed=0.01", "train.micro_batch_size=1")
+    train(
+        tmp_path / "parts",
+        cache,
+        "train.steps=3",
+        "train.log_interval=1",
+        "model.bias_update_speed=0.01",
+        "train.micro_batch_size=1",
+    )
     for whole, parts in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
         if "loss" in whole:
             assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
@@ -42,7 +49,9 @@ def test_gradient_accumulation_changes_no_metric(tmp_path: Path, cache: Path) ->
 
 def test_granularity_sweep_runs_four_iso_parameter_models(tmp_path: Path, cache: Path) -> None:
     # the helper's fixed run name would put all four in one folder; the hash keeps them apart
-    output = train(tmp_path, cache, "-m", "+sweep=granularity", "train.steps=2", "run=null", "model.standard_ffn_size=128")
+    output = train(
+        tmp_path, cache, "-m", "+sweep=granularity", "train.steps=2", "run=null", "model.standard_ffn_size=128"
+    )
     runs = sorted((tmp_path / "t").iterdir())
     assert len(runs) == 4, output
     lines = [line for line in output.splitlines() if "parameters" in line]

@@ -42,7 +42,9 @@ def test_finished_run_changes_nothing_when_run_again(undisturbed: Path, cache: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=["TERM", "INT", "KILL"])
-def test_interrupted_run_ends_bitwise_equal(tmp_path: Path, cache: Path, undisturbed: Path, number: signal.Signals) -> None:
+def test_interrupted_run_ends_bitwise_equal(
+    tmp_path: Path, cache: Path, undisturbed: Path, number: signal.Signals
+) -> None:
     interrupt(tmp_path, cache, number, rows=4, delay=0.02)
     train(tmp_path, cache, STEPS, SAVE, EVALUATE)
     assert_equal_runs(tmp_path, undisturbed)

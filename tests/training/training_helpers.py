@@ -36,13 +36,27 @@ def command(folder: Path, cache: Path, *overrides: str) -> list[str]:
     sources = f"data.sources=[{cache}/en.jsonl,{cache}/zh.jsonl]"
     flags = [override for override in overrides if override.startswith("-")]
     overrides = tuple(override for override in overrides if not override.startswith("-"))
-    return [sys.executable, str(ROOT / "train.py"), *flags, *SMALL, sources, f"output_dir={folder}", f"data.cache_dir={cache}", *overrides]
+    return [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *flags,
+        *SMALL,
+        sources,
+        f"output_dir={folder}",
+        f"data.cache_dir={cache}",
+        *overrides,
+    ]
 
 
 def start(folder: Path, cache: Path, *overrides: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command(folder, cache, *overrides), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(folder, cache, *overrides),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -68,4 +82,9 @@ def final_state(folder: Path) -> dict[str, Any]:
     files = manifest["files"]
     shards = {name: record for name, record in files.items() if name.endswith(".distcp")}
     assert shards
-    return {"step": last.name, "shards": shards, "data": train_state["data"], "validated": train_state["validated_step"]}
+    return {
+        "step": last.name,
+        "shards": shards,
+        "data": train_state["data"],
+        "validated": train_state["validated_step"],
+    }

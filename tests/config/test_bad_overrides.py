@@ -1,0 +1,97 @@
+"""A wrong key, type, value or combination is one line that names the key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from config_helpers import REPOSITORY, composed
+from omegaconf import OmegaConf
+
+from moe.config import ConfigError, load_config
+
+# override(s), then what the line must contain
+BAD = [
+    ("bad=1", "unknown key bad"),
+    ("model.hiden_size=3", "unknown key model.hiden_size: did you mean model.hidden_size?"),
+    ("lr=1", "unknown key lr: did you mean optim.lr?"),
+    ("+optim.momentum=0.9", "optim.momentum"),
+    ("+model.extra=1", "unknown key model.extra"),
+    ("model=moe_3b", "moe_3b"),
+    ("+experiment=moe_9b", "moe_9b"),
+    ("train.steps=many", "train.steps"),
+    ("train.steps=0", "train.steps must be at least 1"),
+    ("train.micro_batch_size=3", "train.micro_batch_size must be a divisor of train.global_batch_size=16"),
+    ("train.compute_dtype=float16", "train.compute_dtype must be one of bfloat16, float32"),
+    ("optim.lr=-1", "optim.lr must be above 0"),
+    ("optim.lr=inf", "optim.lr must be finite"),
+    ("optim.lr=null", "optim.lr"),
+    ("optim.beta2=1", "optim.beta2 must be in [0, 1)"),
+    ("optim.schedule.shape=linear", "optim.schedule.shape must be one of constant, cosine, multistep, wsd"),
+    ("optim.schedule.warmup_steps=601", "optim.schedule.warmup_steps must be between 0 and train.steps=600"),
+    ("optim.schedule.milestones=[0.9,0.8]", "optim.schedule.milestones must be rising"),
+    ("model.granularity=0", "model.granularity must be at least 1"),
+    ("model.granularity=7", "model.granularity=7 misses model.expert_budget=8"),
+    ("model.active_budget=9", "model.num_experts_per_tok must be between 1 and the 31 routed experts"),
+    ("model.num_attention_heads=5", "model.num_attention_heads must be a divisor of 192"),
+    ("model.num_key_value_heads=4", "model.num_key_value_heads must be a divisor of 6"),
+    ("model.first_k_dense_replace=4", "model.first_k_dense_replace"),
+    ("model.n_device_groups=32", "model.n_device_groups must be between 1 and the 31 routed experts"),
+    ("model.scoring_func=tanh", "model.scoring_func must be one of sigmoid, softmax"),
+    ("model.routing=hash", "model.aux_loss_alpha must be 0 with model.routing=hash"),
+    ("model.dense_multiple=0", "model.dense_multiple must be null or at least 1"),
+    ("data.seq_len=1025", "data.seq_len must be at most model.max_position_embeddings=1024"),
+    ("data.weights.en=0", "data.weights.en must be above 0"),
+    ("data=prepared", "data.prepared must name a folder"),
+    ("runtime.device=tpu", "runtime.device must be one of auto, cpu, cuda"),
+    ("runtime.expert_backend=fast", "runtime.expert_backend must be one of"),
+    ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
+    ("telemetry.wandb=yes", "telemetry.wandb must be one of disabled, offline, online"),
+    ("name=a/b", "name must be a plain folder name"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD, ids=[override for override, _ in BAD])
+def test_one_line_names_the_key(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(override)
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["bad=1"], "error: unknown key bad"),
+        (["model.granularity=0"], "error: model.granularity must be at least 1, not 0"),
+        (["+experiment=moe_9b"], "moe_9b"),
+    ],
+    ids=["unknown key", "impossible value", "unknown group"],
+)
+def test_train_py_ends_with_one_line_and_78(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "train.py"), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 78
+    assert expected in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:
+    config = composed("+experiment=moe_2b", "optim.lr=0.25", "+data.weights.fr=2")
+    path = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.structured(config), path)
+    assert load_config(path) == config
+
+
+def test_a_missing_or_broken_saved_configuration_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with pytest.raises(ConfigError, match="config.yaml: no such file"):
+        load_config(path)
+    path.write_text("model: {hiden_size: 3}\n")
+    with pytest.raises(ConfigError, match="config.yaml: .*hiden_size"):
+        load_config(path)

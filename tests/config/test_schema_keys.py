@@ -1,0 +1,41 @@
+"""No key without code behind it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from config_helpers import REPOSITORY
+
+from moe.config.load import all_keys
+
+SOURCES = [REPOSITORY / "train.py", *(REPOSITORY / "moe").rglob("*.py"), *(REPOSITORY / "data").rglob("*.py")]
+# declaring a key and checking that its value is possible are no use of it
+NO_USE = {REPOSITORY / "moe" / "config" / name for name in ("schema.py", "validate.py")}
+
+
+def names_read(path: Path) -> set[str]:
+    """Every attribute that a file reads."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+@pytest.fixture(scope="module")
+def all_names_read() -> set[str]:
+    return set().union(*(names_read(path) for path in SOURCES if path not in NO_USE))
+
+
+def leaves() -> list[str]:
+    keys = all_keys()
+    return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+
+
+@pytest.mark.parametrize("key", leaves())
+def test_every_key_is_read_by_code(key: str, all_names_read: set[str]) -> None:
+    assert key.rsplit(".", 1)[-1] in all_names_read
+
+
+def test_the_search_sees_what_is_missing(all_names_read: set[str]) -> None:
+    assert "hidden_size" in all_names_read
+    assert "momentum" not in all_names_read

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.model import IGNORE_INDEX
+from moe.model.head import LMHead
+
+HIDDEN, VOCAB, LANGUAGES, BATCH, LENGTH = 8, 20, 3, 2, 7
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(BATCH, LENGTH, HIDDEN, generator=generator, requires_grad=True)
+    labels = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    labels[0, 2:4], labels[1, 6] = IGNORE_INDEX, IGNORE_INDEX
+    return hidden, labels, torch.randint(LANGUAGES, (BATCH, LENGTH), generator=generator)
+
+
+def head(chunk_size: int) -> LMHead:
+    head = LMHead(HIDDEN, VOCAB, LANGUAGES, chunk_size)
+    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(1))
+    return head
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 14, 100])
+def test_chunks_change_neither_loss_nor_gradients(chunk_size: int) -> None:
+    hidden, labels, languages = inputs()
+    results = []
+    for module in (head(10**6), head(chunk_size)):
+        loss = module(hidden, labels, languages)
+        gradients = torch.autograd.grad(loss.cross_entropy @ torch.tensor([1.0, 2.0, 3.0]), [hidden, module.weight])
+        results.append([*loss, *gradients])
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_sums_are_by_the_labels_language_and_skip_what_is_ignored(chunk_size: int) -> None:
+    hidden, labels, languages = inputs()
+    module = head(chunk_size)
+    found = module(hidden, labels, languages)
+    expected, counts = [0.0] * LANGUAGES, [0] * LANGUAGES
+    for h, label, language in zip(hidden.flatten(0, 1), labels.flatten(), languages.flatten(), strict=True):
+        if label != IGNORE_INDEX:
+            expected[language] -= F.log_softmax(module.weight @ h, dim=0)[label].item()
+            counts[language] += 1
+    assert found.labels.tolist() == counts
+    torch.testing.assert_close(found.cross_entropy, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_ignored_positions_send_no_gradient() -> None:
+    hidden, labels, languages = inputs()
+    head(4)(hidden, labels, languages).cross_entropy.sum().backward()
+    assert hidden.grad is not None
+    ignored = labels == IGNORE_INDEX
+    assert hidden.grad[ignored].abs().max() == 0
+    assert (hidden.grad[~ignored].abs().amax(dim=-1) > 0).all()
+
+
+def test_no_label_at_all_is_zero_not_nan() -> None:
+    hidden, labels, languages = inputs()
+    loss = head(4)(hidden, torch.full_like(labels, IGNORE_INDEX), languages)
+    assert loss.cross_entropy.tolist() == [0.0] * LANGUAGES
+    assert loss.labels.tolist() == [0.0] * LANGUAGES
+
+
+def test_only_one_chunk_of_logits_is_kept() -> None:
+    """With several chunks, what the graph saves for the backward pass holds no (N, V) tensor."""
+    hidden, labels, languages = inputs()
+
+    def largest_saved(chunk_size: int) -> int:
+        sizes = [0]
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.shape[-1:] == (VOCAB,):
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            head(chunk_size)(hidden, labels, languages)
+        return max(sizes)
+
+    assert largest_saved(100) == BATCH * LENGTH * VOCAB
+    assert largest_saved(4) == 0
+
+
+def test_bfloat16_hidden_states_are_scored_in_float32() -> None:
+    hidden, labels, languages = inputs()
+    module = head(100).bfloat16()
+    found = module(hidden.bfloat16(), labels, languages).cross_entropy
+    logits = (hidden.bfloat16() @ module.weight.T).float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(), losses.sum(), rtol=1e-6, atol=0)
