@@ -180,9 +180,9 @@ def test_overrides_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     gpu, cpu = plan_json(capsys), plan_json(capsys, "runtime.device=cpu")
     assert gpu["device_days"] is None
     assert cpu["memory_bytes"]["activations"]["kept"]["norms"] > gpu["memory_bytes"]["activations"]["kept"]["norms"]
-    larger = plan_json(capsys, "train.micro_batch_size=8")["memory_bytes"]
-    assert larger["state"] == gpu["memory_bytes"]["state"]
-    assert larger["activations"]["kept"]["attention"] * 2 == gpu["memory_bytes"]["activations"]["kept"]["attention"]
+    smaller = plan_json(capsys, "train.micro_batch_size=2")["memory_bytes"]
+    assert smaller["state"] == gpu["memory_bytes"]["state"]
+    assert smaller["activations"]["kept"]["attention"] * 2 == gpu["memory_bytes"]["activations"]["kept"]["attention"]
 
 
 def test_prints_a_table_that_adds_up(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MISSING = "expert backend 'megablocks' is not installed: pip install moesaic[gpu]"
+MISSING = "expert backend 'megablocks' is not installed: run launch/install_gpu.sh"
 
 
 def is_installed() -> bool:

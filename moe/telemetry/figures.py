@@ -11,7 +11,7 @@ Figure = dict[str, Any]
 Points = tuple[list[float], list[float | None]]
 YAxis = Literal["linear", "from zero", "log"]
 Y_AXES: dict[YAxis, dict[str, str]] = {
-    "linear": {},
+    "linear": {"tickformat": "~g"},
     "from zero": {"rangemode": "tozero"},
     "log": {"type": "log", "tickformat": "~g", "dtick": "D2"},
 }

@@ -161,7 +161,7 @@ def balance_charts(run: Run) -> list[Chart]:
         ),
         ("Experts without a token", _by_layer(run, "dead"), "dead experts", "linear"),
         ("Router entropy (1 = undecided)", _by_layer(run, "entropy"), "entropy / log(experts)", "linear"),
-        ("Balance losses, as added to the objective", lines, "loss term", "log"),
+        ("Balance losses, mean over layers, factors included", lines, "loss term", "log"),
     ]
     return present(candidates)
 

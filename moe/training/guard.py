@@ -8,7 +8,8 @@ from torch import Tensor
 from moe.config.schema import GuardConfig
 
 _MAD_TO_SIGMA = 1.4826
-_RELATIVE_FLOOR = 0.02
+# of the loss and of the gradient norm, whose spread a short window underestimates
+_RELATIVE_FLOORS = (0.02, 0.1)
 
 
 class NumericalAbort(RuntimeError):
@@ -18,13 +19,14 @@ class NumericalAbort(RuntimeError):
 class StepGuard:
     """Refuses steps whose loss or gradient norm is not finite or is a spike against the recent accepted ones.
 
-    A spike lies more than `spike_threshold` robust standard deviations (1.4826 times the median absolute deviation, at
-    least 2 % of the median) above the median of the last `window` accepted steps. All state is on the device and in the
-    checkpoint.
+    A spike lies more than `spike_threshold` robust standard deviations above the median of the last `window` accepted
+    steps: 1.4826 times the median absolute deviation, at least 2 % of the median for the loss and 10 % for the norm.
+    All state is on the device and in the checkpoint.
     """
 
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self.config = config
+        self.floors = torch.tensor(_RELATIVE_FLOORS, device=device)[:, None]
         self.history = torch.full((2, config.window), torch.nan, device=device)
         """Loss and gradient norm of the last accepted steps, newest last; NaN where there was none yet."""
         self.consecutive_skips = torch.zeros((), device=device)
@@ -44,7 +46,7 @@ class StepGuard:
     def _is_spike(self, values: Tensor) -> Tensor:
         median = self.history.median(dim=1, keepdim=True).values
         deviation = _MAD_TO_SIGMA * (self.history - median).abs().median(dim=1, keepdim=True).values
-        deviation = torch.maximum(deviation, _RELATIVE_FLOOR * median.abs())
+        deviation = torch.maximum(deviation, self.floors * median.abs())
         # an unfilled window has a NaN median, and no comparison with NaN holds
         return (values[:, None] > median + self.config.spike_threshold * deviation).any()
 

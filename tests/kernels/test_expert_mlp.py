@@ -187,16 +187,16 @@ def test_auto_on_cuda(
     assert resolve_backend("auto", "cuda", dtype, (1280, 848)) == expected
 
 
-def test_absent_megablocks_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_megablocks_names_the_installer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megablocks, "is_installed", lambda: False)
     assert available_backends() == ("loop", "grouped_mm")
-    with pytest.raises(ValueError, match=r"pip install moesaic\[gpu\]; available here: auto, loop, grouped_mm$"):
+    with pytest.raises(ValueError, match=r"run launch/install_gpu.sh; available here: auto, loop, grouped_mm$"):
         resolve_backend("megablocks", "cuda", torch.bfloat16)
     x, experts, weights, gate_up, down = unit_variance(skewed(8, 2, 4), 4, torch.float32)
     megablocks.load.cache_clear()
-    with pytest.raises(ValueError, match=r"pip install moesaic\[gpu\]"):
+    with pytest.raises(ValueError, match=r"run launch/install_gpu.sh"):
         routed_experts(x, experts, weights, gate_up, down, "megablocks")
-    with pytest.raises(ValueError, match=r"pip install moesaic\[gpu\]"):
+    with pytest.raises(ValueError, match=r"run launch/install_gpu.sh"):
         expert_mlp(x, gate_up, down, torch.tensor([2, 2, 2, 2]), "megablocks")
 
 

@@ -40,7 +40,7 @@ def test_constant_stays() -> None:
 
 def test_cosine() -> None:
     found = [
-        rate(step, 1100, shape="cosine", warmup_steps=100, final_ratio=0.1) for step in (100, 350, 600, 1099, 1100)
+        rate(step, 1101, shape="cosine", warmup_steps=100, final_ratio=0.1) for step in (100, 350, 600, 1099, 1100)
     ]
     expected = [1.0, 0.55 + 0.45 * math.sqrt(0.5), 0.55, 0.55 - 0.45 * math.cos(math.pi / 1000), 0.1]
     assert found == pytest.approx(expected, rel=1e-9)
@@ -48,8 +48,9 @@ def test_cosine() -> None:
 
 def test_wsd_is_flat_then_linear() -> None:
     options = {"shape": "wsd", "warmup_steps": 10, "final_ratio": 0.2, "decay_fraction": 0.25}
-    found = [rate(step, 1000, **options) for step in (10, 749, 750, 751, 875, 1000)]
-    assert found == pytest.approx([1.0, 1.0, 1.0, 1 - 0.8 / 250, 0.6, 0.2], rel=1e-9)
+    found = [rate(step, 1000, **options) for step in (10, 749, 750, 751, 875, 999)]
+    expected = [1.0, 1.0, 1.0, 1 - 0.8 / 249, 1 - 0.8 * 125 / 249, 0.2]
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_no_decay_and_no_warmup_are_possible() -> None:

@@ -50,7 +50,7 @@ def test_gradient_accumulation_changes_no_metric(tmp_path: Path, cache: Path) ->
 def test_granularity_sweep_runs_four_iso_parameter_models(tmp_path: Path, cache: Path) -> None:
     # the helper's fixed run name would put all four in one folder; the hash keeps them apart
     output = train(
-        tmp_path, cache, "-m", "+sweep=granularity", "train.steps=2", "run=null", "model.standard_ffn_size=128"
+        tmp_path, cache, "-m", "+sweep=granularity", "train.steps=2", "run=null", "model.standard_ffn_size=64"
     )
     runs = sorted((tmp_path / "t").iterdir())
     assert len(runs) == 4, output
