@@ -126,7 +126,7 @@ def explain(error: BaseException) -> str:
 def _unknown_key(key: str) -> str:
     if f"{key}." in _FREE_KEYS or key.startswith(_FREE_KEYS):
         return f"{key}: write a new entry as +{key.split('.')[0]}.{key.split('.')[1]}.NAME=VALUE"
-    near = _same_leaf(key) or difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.6)
+    near = _same_leaf(key) or difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` prints all keys"
     return f"unknown key {key}: {hint}"
 

@@ -24,7 +24,7 @@ class StopSignal:
     def __init__(self, device: torch.device, world_size: int) -> None:
         self.device, self.alone = device, world_size == 1
         self.requested = False
-        self._pinned = torch.zeros((), pin_memory=device.type == "cuda")
+        self._pinned = torch.zeros((), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
 
     @contextmanager

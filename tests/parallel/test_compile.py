@@ -51,6 +51,21 @@ def test_only_static_shapes_are_compiled_and_results_stay(
     assert len(recorder.graphs) == compiled_once
 
 
+def test_local_dispatch_is_one_static_region_in_bfloat16(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=recorder))
+    plain, compiled = (build_model(config_of("bfloat16", runtime={"compile": on}), world) for on in (False, True))
+    loss = accumulate(plain, [ragged_batch()])
+    torch.testing.assert_close(accumulate(compiled, [ragged_batch()]), loss, rtol=1e-4, atol=0)
+    assert_all_close(gradients(compiled), gradients(plain), 2e-2)
+    region = next(graph for graph in recorder.graphs if "grouped_mm" in graph or "_grouped_mm" in graph)
+    assert {"sort", "searchsorted"} <= region
+    compiled_once = len(recorder.graphs)
+    accumulate(compiled, [ragged_batch(seed=1)])  # other loads, the same shapes: nothing compiles again
+    assert len(recorder.graphs) == compiled_once
+
+
 @pytest.mark.slow
 def test_inductors_code_gives_the_eager_gradients(world: World) -> None:
     torch._dynamo.reset()
