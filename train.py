@@ -13,20 +13,40 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import ConfigError, explain, from_hydra, register_schema
 
+EXIT_PREEMPTED = 75
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing its own page-long complaint
+
+
+class RunFailed(Exception):
+    """One run of a sweep failed; Hydra goes on with the others and raises this at the end."""
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def compose(composed: DictConfig) -> None:
+    sweep = HydraConfig.get() if HydraConfig.get().mode == RunMode.MULTIRUN else None
+    if sweep:
+        Path(sweep.sweep.dir, "multirun.yaml").unlink(missing_ok=True)  # Hydra's copy of the overrides, secrets and all
+    try:
+        train(composed)
+    except SystemExit as end:
+        if sweep and end.code != EXIT_PREEMPTED:
+            raise RunFailed(end.code) from None
+        raise
+
+
+def train(composed: DictConfig) -> None:
     try:
         config = from_hydra(composed)
     except ConfigError as error:
@@ -40,7 +60,9 @@ def main() -> None:
     register_schema()
     try:
         compose()
-    except (HydraException, OmegaConfBaseException) as error:
+    except RunFailed as failure:
+        sys.exit(failure.args[0])
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to a scalar
         fail(explain(error))
 
 

@@ -63,7 +63,10 @@ class TokenStream:
             raise DataError(f"seq_len: {seq_len} is too small, 1 is the least")
         if set(weights) != set(corpus.languages):
             named, there = (", ".join(sorted(names)) or "none" for names in (weights, corpus.languages))
-            raise DataError(f"weights: name {named}, the corpus has {there}; give each a weight, 0 to leave it out")
+            raise DataError(
+                f"weights: name {named}, the corpus has {there}; name these "
+                "(~data.weights.NAME drops one, weight 0 leaves a language out)"
+            )
         self.corpus = corpus
         self.seq_len = seq_len
         self.seed = seed

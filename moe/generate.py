@@ -9,6 +9,7 @@ The newest run, or a run folder; prompts as options, or one a line:
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
+    for stream in (sys.stdout, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if stream is sys.stdin else "strict")
     run = options.run_folder or newest_run(OUTPUTS)
     trained = load_trained(run, options.step, choose_device(options.device), getattr(torch, options.dtype))
     print(f"{run}, step {trained.step}", file=sys.stderr)
@@ -82,6 +86,8 @@ def new_tokens(trained: TrainedModel, prompt: str, options: argparse.Namespace) 
     Raises DataError when the prompt alone takes them all.
     """
     model, tokenizer = trained.model, trained.tokenizer
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of undecodable input
+        raise DataError("prompt: is not valid UTF-8")
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     positions = model.config.max_position_embeddings
     if len(ids) >= positions:

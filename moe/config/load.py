@@ -37,7 +37,7 @@ def compose(overrides: Sequence[str]) -> Config:
     try:
         with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             composed = hydra.compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
     return from_hydra(composed)
 
@@ -76,20 +76,28 @@ def load_config(path: Path) -> Config:
     return from_hydra(composed)
 
 
-def recipe(config: Config, corpus_digest: str) -> dict[str, Any]:
-    """What defines a run's result: the network, the data and the recipe; not layout, backend or telemetry."""
-    train = {key: value for key, value in dataclasses.asdict(config.train).items() if key not in _LAYOUT_KEYS}
+def recipe(config: Config, corpus_digest: str, world_size: int = 1) -> dict[str, Any]:
+    """What defines a run's result: the network, the data and the recipe; not layout, backend or telemetry.
+
+    One layout does: balance losses that pool a micro-batch over the ranks depend on how many sequences that is.
+    """
+    model = config.model.build()
+    train: dict[str, Any] = {
+        key: value for key, value in dataclasses.asdict(config.train).items() if key not in _LAYOUT_KEYS
+    }
+    if model.n_routed_experts and not model.seq_aux:
+        train["pooled_sequences"] = config.train.micro_batch_size * world_size
     return {
-        "model": dataclasses.asdict(config.model.build()),
+        "model": dataclasses.asdict(model),
         "data": {"corpus": corpus_digest, "seq_len": config.data.seq_len, "weights": config.data.weights},
         "optim": dataclasses.asdict(config.optim),
         "train": train,
     }
 
 
-def run_id(config: Config, corpus_digest: str) -> str:
-    """Ten hex digits that name `recipe`, the default name of a run's folder."""
-    return hashlib.sha256(json.dumps(recipe(config, corpus_digest), sort_keys=True).encode()).hexdigest()[:10]
+def run_id(recipe: dict[str, Any]) -> str:
+    """Ten hex digits that name a `recipe`, the default name of a run's folder."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -12,9 +12,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from moe.config.errors import ConfigError, choice, require
+
+T = TypeVar("T", int, float)
 
 
 @dataclass
@@ -184,7 +186,7 @@ class ArchitectureConfig(_Recipe):
         routed = math.floor(_exact(self.expert_budget) * self.granularity) - self.n_shared_experts
         active = math.floor(_exact(self.active_budget) * self.granularity) - self.n_shared_experts
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Recipe)}
-        values["num_key_value_heads"] = self.num_key_value_heads or self.num_attention_heads
+        values["num_key_value_heads"] = _either(self.num_key_value_heads, self.num_attention_heads)
         counts: dict[str, Any] = {
             "n_shared_experts": self.n_shared_experts,
             "n_routed_experts": _either(self.n_routed_experts, routed),
@@ -195,12 +197,12 @@ class ArchitectureConfig(_Recipe):
         return ModelConfig(
             **values,
             **counts,
-            moe_intermediate_size=self.moe_intermediate_size or size(expert),
-            intermediate_size=self.intermediate_size or size(dense),
+            moe_intermediate_size=_either(self.moe_intermediate_size, size(expert)),
+            intermediate_size=_either(self.intermediate_size, size(dense)),
         )
 
     def _standard_width(self) -> Fraction:
-        return Fraction(self.standard_ffn_size or Fraction(8 * self.hidden_size, 3))
+        return Fraction(8 * self.hidden_size, 3) if self.standard_ffn_size is None else Fraction(self.standard_ffn_size)
 
     def _rounded_width(self, width: Fraction) -> int:
         return math.ceil(width / self.width_multiple) * self.width_multiple
@@ -210,7 +212,11 @@ class ArchitectureConfig(_Recipe):
             require(getattr(self, key) >= 1, f"model.{key}", "at least 1", getattr(self, key))
         for key in ("expert_budget", "active_budget", "expert_size_factor"):
             require(getattr(self, key) > 0, f"model.{key}", "above 0", getattr(self, key))
-        require(self.n_shared_experts >= 0, "model.n_shared_experts", "at least 0", self.n_shared_experts)
+            require(getattr(self, key) <= 10**6, f"model.{key}", "at most 10^6", getattr(self, key))
+        for key in ("n_shared_experts", "budget_tolerance"):
+            require(getattr(self, key) >= 0, f"model.{key}", "at least 0", getattr(self, key))
+        width = self.standard_ffn_size
+        require(width is None or width >= 1, "model.standard_ffn_size", "null or at least 1", width)
         multiple = self.dense_multiple
         require(multiple is None or multiple >= 1, "model.dense_multiple", "null or at least 1", multiple)
 
@@ -242,13 +248,24 @@ def _exact(value: float) -> Fraction:
     return Fraction(str(value))
 
 
-def _either(override: int | None, derived: int) -> int:
+def _either(override: int | None, derived: T) -> int | T:
     return derived if override is None else override
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "intermediate_size",
+    "moe_intermediate_size",
+)
 
 
 def _check_model(config: ModelConfig) -> None:
     """Refuse shapes that no network can have, one line each."""
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+    for key in _POSITIVE:
         require(getattr(config, key) >= 1, f"model.{key}", "at least 1", getattr(config, key))
     for key in ("rope_theta", "rms_norm_eps", "initializer_range"):
         require(0 < getattr(config, key) < math.inf, f"model.{key}", "above 0 and finite", getattr(config, key))

@@ -62,8 +62,12 @@ def _check_data(data: DataConfig) -> None:
             "data.prepared must name a folder that `python -m data.prepare` wrote, "
             "or data.sources and data.tokenizer files"
         )
+    require(data.prefetch <= 1024, "data.prefetch", "at most 1024", data.prefetch)
     for language, weight in data.weights.items():
-        require(weight > 0, f"data.weights.{language}", "above 0", weight)
+        require(weight >= 0, f"data.weights.{language}", "at least 0", weight)
+    require(
+        not data.weights or any(data.weights.values()), "data.weights", "above 0 for a language", dict(data.weights)
+    )
 
 
 def _check_optim(optim: OptimConfig, steps: int) -> None:
@@ -91,7 +95,8 @@ def _check_train(train: TrainConfig) -> None:
     for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval"):
         require(getattr(train, key) >= 1, f"train.{key}", "at least 1", getattr(train, key))
     require(train.eval_interval >= 0, "train.eval_interval", "at least 0", train.eval_interval)
-    require(train.seed >= 0, "train.seed", "at least 0", train.seed)
+    require(0 <= train.seed < 2**63, "train.seed", "between 0 and 2^63 - 1", train.seed)
+    require(train.steps <= 10**12, "train.steps", "at most 10^12", train.steps)
     choice("train.compute_dtype", train.compute_dtype, ("float32", "bfloat16"))
     divides = train.global_batch_size % train.micro_batch_size == 0
     require(
@@ -102,7 +107,7 @@ def _check_train(train: TrainConfig) -> None:
     )
     guard = train.guard
     require(guard.spike_threshold >= 0, "train.guard.spike_threshold", "at least 0", guard.spike_threshold)
-    require(guard.window >= 8, "train.guard.window", "at least 8", guard.window)
+    require(8 <= guard.window <= 65536, "train.guard.window", "between 8 and 65536", guard.window)
     require(
         guard.max_consecutive_skips >= 1, "train.guard.max_consecutive_skips", "at least 1", guard.max_consecutive_skips
     )
@@ -111,7 +116,7 @@ def _check_train(train: TrainConfig) -> None:
 def _check_runtime(runtime: RuntimeConfig) -> None:
     choice("runtime.device", runtime.device, ("auto", "cpu", "cuda"))
     choice("runtime.expert_backend", runtime.expert_backend, ("auto", "loop", "grouped_mm", "megablocks"))
-    require(runtime.num_threads >= 0, "runtime.num_threads", "at least 0", runtime.num_threads)
+    require(0 <= runtime.num_threads <= 1024, "runtime.num_threads", "between 0 and 1024", runtime.num_threads)
     require(runtime.loss_chunk_size >= 1, "runtime.loss_chunk_size", "at least 1", runtime.loss_chunk_size)
 
 

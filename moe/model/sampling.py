@@ -10,6 +10,8 @@ from torch import Tensor
 from moe.model.attention import KVCache
 from moe.model.transformer import Transformer
 
+_GREEDY_BELOW = 1e-6  # so cold that float32 cannot tell it from taking the likeliest
+
 
 @torch.no_grad()
 def continuation(
@@ -54,7 +56,7 @@ def continuation(
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """(V,) logits -> one id."""
-    if temperature == 0:
+    if temperature < _GREEDY_BELOW:
         return int(logits.argmax())
     scaled = (logits - logits.max()) / temperature  # at most 0: no temperature can make it overflow
     probabilities, ids = scaled.softmax(dim=-1).sort(descending=True)

@@ -65,12 +65,14 @@ class MetricsFile:
         if written != len(line):
             raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written; is the disk full?")
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows later than `step`; the others keep their bytes. Atomic: a kill leaves the old or the new file.
+    def truncate_after(self, step: int, validated_step: int | None = None) -> None:
+        """Drop the rows later than `step`, and validations later than `validated_step`; the others keep their bytes.
 
-        Raises MetricsError naming the row that cannot be read.
+        Atomic: a kill leaves the old or the new file. Raises MetricsError naming the row that cannot be read.
         """
-        kept = [line for number, line in _lines(self.path) if _decode(self.path, number, line)["step"] <= step]
+        limits = {True: step if validated_step is None else validated_step, False: step}
+        rows = [(line, _decode(self.path, number, line)) for number, line in _lines(self.path)]
+        kept = [line for line, row in rows if row["step"] <= limits["validation" in row]]
         self._file.close()
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("wb") as file:

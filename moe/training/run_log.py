@@ -30,8 +30,8 @@ class RunLog:
         self.active = world.is_main
         self.console = ConsoleLogger(config.train.steps, self.active and sys.stdout.isatty())
 
-    def open(self, step: int, corpus: TokenCorpus, model: ModelConfig) -> None:
-        """Write what identifies the run, drop metrics later than `step`, start wandb."""
+    def open(self, step: int, validated_step: int, corpus: TokenCorpus, model: ModelConfig) -> None:
+        """Write what identifies the run, drop metrics that the checkpoint does not know, start wandb."""
         if not self.active:
             return
         config = redact(dataclasses.asdict(dataclasses.replace(self.config, run=self.folder.name)))
@@ -39,7 +39,7 @@ class RunLog:
         (self.folder / "config.yaml").write_text(text, encoding="utf-8")
         shutil.copyfile(corpus.tokenizer_path, self.folder / "tokenizer.json")  # what `moe.generate` reads
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
-        self.metrics.truncate_after(step)
+        self.metrics.truncate_after(step, validated_step)
         name, run = self.config.name, self.folder.name
         telemetry = self.config.telemetry
         self.wandb = WandbLogger(

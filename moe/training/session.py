@@ -34,8 +34,8 @@ class Session:
         self.config, self.world, self.stop = config, world, stop
         torch.manual_seed(config.train.seed)
         self.corpus = self._open_corpus()
-        self.recipe = recipe(config, self.corpus.digest)
-        run = config.run or run_id(config, self.corpus.digest)
+        self.recipe = recipe(config, self.corpus.digest, world.size)
+        run = config.run or run_id(self.recipe)
         self.folder = Path(config.output_dir) / config.name / run
         self.stream = TokenStream(self.corpus, config.data.seq_len, self._weights(), config.train.seed)
         self.loader = self._build_loader()
@@ -51,7 +51,8 @@ class Session:
         )
         self.step = self.first_step = 0
         self.validated_step = -1
-        self.saved_step = -1
+        self.saved = (-1, -1)
+        """Step and validated step of the newest checkpoint."""
 
     def _open_corpus(self) -> TokenCorpus:
         data = self.config.data
@@ -114,7 +115,7 @@ class Session:
 
     def _execute(self) -> bool:
         self._resume()
-        self.log.open(self.step, self.corpus, self.model.config)
+        self.log.open(self.step, self.validated_step, self.corpus, self.model.config)
         try:
             finished = self._train()
             self._save()
@@ -190,7 +191,7 @@ class Session:
         return tensors
 
     def _save(self) -> None:
-        if self.saved_step == self.step:
+        if self.saved == (self.step, self.validated_step):
             return
         state = {
             "recipe": self.recipe,
@@ -201,7 +202,7 @@ class Session:
             "layout": self.log.environment(),
         }
         self.checkpoints.save(self.step, self._state_tensors(), state)
-        self.saved_step = self.step
+        self.saved = (self.step, self.validated_step)
 
     def _require_saved(self) -> None:
         """The last checkpoint must exist: without it the run did not do what it was asked to."""
@@ -225,8 +226,9 @@ class Session:
         if "cuda" in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.world.device)
         self.loader.load_state_dict(state["data"])
-        self.step = self.first_step = self.saved_step = state["step"]
+        self.step = self.first_step = state["step"]
         self.validated_step = state["validated_step"]
+        self.saved = (self.step, self.validated_step)
         self.rows.resume(self.step, state["elapsed_seconds"])
         self.log.message(f"resuming from step {self.step} in {self.folder}")
 

@@ -43,7 +43,7 @@ BAD = [
     ("model.routing=hash", "model.aux_loss_alpha must be 0 with model.routing=hash"),
     ("model.dense_multiple=0", "model.dense_multiple must be null or at least 1"),
     ("data.seq_len=1025", "data.seq_len must be at most model.max_position_embeddings=1024"),
-    ("data.weights.en=0", "data.weights.en must be above 0"),
+    ("data.weights.en=-1", "data.weights.en must be at least 0"),
     ("data=prepared", "data.prepared must name a folder"),
     ("runtime.device=tpu", "runtime.device must be one of auto, cpu, cuda"),
     ("runtime.expert_backend=fast", "runtime.expert_backend must be one of"),

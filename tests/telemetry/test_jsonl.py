@@ -85,6 +85,15 @@ def test_truncate_after_keeps_a_validation_row_of_the_same_step(tmp_path: Path) 
     assert [row["step"] for row in read_metrics(file.path)] == [4, 4]
 
 
+def test_truncate_after_drops_a_validation_that_the_checkpoint_does_not_know(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for row in ({"step": 2, "validation": {"loss": 3.0}}, {"step": 4, "loss": 1.0}, {"step": 4, "validation": {}}):
+        file.append(row)
+    file.truncate_after(4, validated_step=2)
+    file.close()
+    assert [(row["step"], "validation" in row) for row in read_metrics(file.path)] == [(2, True), (4, False)]
+
+
 def test_a_full_disk_leaves_no_half_row() -> None:
     program = """
 import resource, signal, sys, tempfile

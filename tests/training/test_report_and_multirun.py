@@ -72,3 +72,11 @@ def test_recomputation_and_every_balance_term_train(tmp_path: Path, cache: Path)
     train(tmp_path / "recomputed", cache, "train.steps=4", *terms, "runtime.activation_checkpointing=true")
     assert {"expert_balance_loss", "device_balance_loss", "router_z_loss"} <= set(metrics(tmp_path / "kept")[0])
     assert final_state(tmp_path / "kept")["shards"] == final_state(tmp_path / "recomputed")["shards"]
+
+
+def test_a_sweep_goes_on_after_a_bad_point_and_says_so_at_the_end(tmp_path: Path, cache: Path) -> None:
+    secret = "telemetry.wandb_project='api_key=planted'"
+    output = train(tmp_path, cache, "-m", "train.steps=2", "run=null", "data.seq_len=99999,32", secret, code=78)
+    assert "error: data.seq_len" in output
+    assert [folder.name for folder in (tmp_path / "t").iterdir()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"planted" in path.read_bytes()]
