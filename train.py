@@ -53,7 +53,7 @@ def train(composed: DictConfig) -> None:
         fail(str(error))
     from moe.training import run  # torch only loads for a configuration that can run
 
-    run(config, command=["train.py", *sys.argv[1:]])
+    run(config, command=["train.py", *HydraConfig.get().overrides.task])
 
 
 def main() -> None:

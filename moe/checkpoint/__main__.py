@@ -19,7 +19,7 @@ EXIT_DATA_ERROR = 77
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 77 if there is no checkpoint or any is not intact."""
     options = _parser().parse_args(arguments)
-    held = CheckpointFolder(options.folder).steps()
+    held = _checkpoints(options.folder)
     if not held:
         print(f"error: {options.folder}: no checkpoints (folders named step-00000100) here", file=sys.stderr)
         return EXIT_DATA_ERROR
@@ -31,12 +31,19 @@ def main(arguments: list[str] | None = None) -> int:
     return EXIT_DATA_ERROR if broken else 0
 
 
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Those of a run folder, of its checkpoints/ folder, or the one that `folder` itself is."""
+    within = CheckpointFolder(folder / "checkpoints").steps() or CheckpointFolder(folder).steps()
+    beside = CheckpointFolder(folder.resolve().parent).steps()
+    return within or {step: path for step, path in beside.items() if path.name == folder.resolve().name}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m moe.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (("verify", "read every file and compare digests"), ("list", "read the manifests only")):
         command = commands.add_parser(name, help=purpose)
-        command.add_argument("folder", type=Path, help="a run's checkpoints/ folder")
+        command.add_argument("folder", type=Path, help="a run folder, its checkpoints/ or one of these")
         command.add_argument("--json", action="store_true", help="print a JSON list")
     return parser
 
@@ -56,7 +63,7 @@ def _line(fact: dict[str, Any]) -> str:
     if fact["error"]:
         return f"{name}  NOT INTACT  {fact['error']}"
     megabytes = fact["bytes"] / 1e6
-    return f"{name}  ok  {fact['files']} files, {megabytes:,.1f} MB, {fact['world_size']} ranks"
+    return f"{name}  ok  {fact['files']} files, {megabytes:,.1f} MB, {fact['world_size']} rank(s)"
 
 
 if __name__ == "__main__":

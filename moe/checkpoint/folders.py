@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -67,6 +68,12 @@ class CheckpointFolder:
         for folder, target in trash:
             folder.rename(target)
         return [target for _, target in trash]
+
+    def free_space(self) -> str:
+        """For messages: a full disk can show as an error that does not say so."""
+        with contextlib.suppress(OSError):
+            return f"{shutil.disk_usage(self.path).free / 1e6:,.0f} MB free in {self.path}"
+        return f"{self.path} cannot be examined"
 
     def claim(self) -> None:
         """Create the folder, and clear what a killed run left, unless another live process writes here.

@@ -69,6 +69,8 @@ class CheckpointManager:
         if keep_last < 1 or keep_every < 0:
             raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: at least 1 and 0 are needed")
         self.failed_saves = 0
+        self.newest_sound: int | None = None
+        """The step last committed or loaded by this manager: known to be good, whatever else lies in the folder."""
         self._folder = CheckpointFolder(Path(folder))
         self._keep_last = keep_last
         self._keep_every = keep_every
@@ -184,11 +186,14 @@ class CheckpointManager:
             self._coordinator.exchange(flight.written.result, lambda written: self._publish(flight, written))
         except CheckpointError as error:
             self.failed_saves += 1
-            self._warn("the checkpoint of step %d was not saved: %s", flight.step, error)
+            self._warn(
+                "the checkpoint of step %d was not saved: %s (%s)", flight.step, error, self._folder.free_space()
+            )
             if self._is_first:
                 shutil.rmtree(flight.writer.folder, ignore_errors=True)
             return
         self._broken.discard(flight.step)
+        self.newest_sound = flight.step
         if self._is_first:
             self._prune(flight.step)
 
@@ -240,6 +245,7 @@ class CheckpointManager:
             load_tensors(folder, step, tensors, self._coordinator.group, partial=partial)
         except CheckpointError as error:
             raise CheckpointError(f"{folder.name}: {error}") from None
+        self.newest_sound = step
         return {**train_state, "step": step}
 
     def _steps(self) -> dict[int, Path]:

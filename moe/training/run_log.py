@@ -52,8 +52,9 @@ class RunLog:
             self.message,
         )
         self.message(
-            f"{name}: {model.num_params():,} parameters, {model.num_active_params():,} active; "
-            f"{self.world.size} x {device_name(self.world.device)}, experts by {self.backend}; run folder {self.folder}"
+            f"{redact(' '.join([name, *self.command[1:]]))}: {model.num_params():,} parameters, "
+            f"{model.num_active_params():,} active; {self.world.size} x {device_name(self.world.device)}, "
+            f"experts by {self.backend}; run folder {self.folder}"
         )
 
     def message(self, text: str) -> None:

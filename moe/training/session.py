@@ -206,10 +206,10 @@ class Session:
 
     def _require_saved(self) -> None:
         """The last checkpoint must exist: without it the run did not do what it was asked to."""
-        if self.checkpoints.steps()[-1:] != [self.step]:
+        if self.checkpoints.newest_sound != self.step:
             raise CheckpointError(
                 f"{self.folder / 'checkpoints'}: the checkpoint of step {self.step} could not be written; "
-                "free space and run the same command again to go on from the newest one"
+                "mend that and run the same command again to go on from the newest intact one, if there is one"
             )
 
     def _resume(self) -> None:

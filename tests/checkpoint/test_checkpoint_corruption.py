@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moe.checkpoint import CheckpointError, CheckpointManager
 from moe.checkpoint.__main__ import main
 from moe.checkpoint.manifest import MANIFEST_NAME
 from moe.checkpoint.reading import METADATA_NAME, TRAIN_STATE_NAME
+from moe.checkpoint.writing import DurableFile
 
 SHARD = "__0_0.distcp"
 FLIPS = 200
@@ -111,6 +113,20 @@ def test_damage_is_named_and_passed_over(folder: Path, kind: str, caplog: pytest
     caplog.clear()
     assert load_value(folder) == (1, 1.0)
     assert "checkpoint passed over: step-00000002: " in caplog.text
+
+
+def test_what_this_run_knows_to_be_good_is_told_from_what_lies_in_the_folder(folder: Path) -> None:
+    os.truncate(newest(folder) / SHARD, 10)
+    manager = CheckpointManager(folder)
+    assert manager.newest_sound is None
+    manager.load(state(-1))
+    assert manager.newest_sound == 1
+    with mock.patch.object(DurableFile, "write", side_effect=OSError(28, "No space left on device")):
+        save_value(manager, 2, 3.0)
+    assert manager.steps() == [1, 2]  # the broken one is still there
+    assert manager.newest_sound == 1
+    save_value(manager, 2, 3.0)
+    assert manager.newest_sound == 2
 
 
 def test_no_intact_checkpoint_is_an_error_and_never_a_fresh_start(folder: Path) -> None:
