@@ -67,7 +67,8 @@ def assert_matches_reference(backend: str, inputs: Inputs) -> None:
     assert out.dtype == x.dtype
     for actual, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
         assert actual.shape == wanted.shape
-        typical = wanted.square().mean().sqrt()
+        # inputs have unit variance: a smaller typical size is a lone element whose terms happen to cancel
+        typical = wanted.square().mean().sqrt().clamp(min=0.1)
         assert ((actual.double() - wanted).abs() <= TOLERANCE[x.dtype] * (wanted.abs() + typical)).all()
     unused = [e for e in range(gate_up.shape[0]) if not (experts == e).any()]
     for grad in grads[2:]:
