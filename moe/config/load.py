@@ -119,6 +119,8 @@ def explain(error: BaseException) -> str:
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is )?not in|Could not find '([^']+)'", text)
     if "Could not override" in text and unknown:
         return _unknown_key(unknown[1])
+    if "Config group override must be" in text:
+        return "a config group (model, data, optim, experiment, variant, sweep) takes the name of an option, not null"
     full_key = re.search(r"full_key: (\S+)", text)
     key = full_key[1] if full_key else None
     if key and "not in '" in text:

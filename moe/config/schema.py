@@ -106,6 +106,9 @@ class RuntimeConfig:
     """Recompute blocks in the backward pass; routing choices are saved, never recomputed."""
     loss_chunk_size: int = 8192
     """Tokens whose logits exist at the same time."""
+    deterministic: bool = False
+    """CUDA: only kernels that return the same bits each time, so that a resumed run equals an undisturbed one (a CPU
+    run always does)."""
     detect_sync: bool = False
     """Fail when a step outside logging makes the host wait for the device (CUDA)."""
 

@@ -50,10 +50,20 @@ def run(config: Config, command: Sequence[str]) -> None:
 def _run(config: Config, command: Sequence[str]) -> bool:
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
+    if config.runtime.deterministic:
+        require_repeatable_kernels()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal(choose_device(config.runtime.device), world_size)
     with stop.listening(), join_world(config.runtime.device) as world:
         return Session(config, world, stop, command).execute()
+
+
+def require_repeatable_kernels() -> None:
+    """Have torch choose kernels that return the same bits in every process, and raise where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch._inductor.config.deterministic = True  # else it times candidates and may keep another reduction order
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -44,11 +44,11 @@ class StepGuard:
         return accepted.float()
 
     def _is_spike(self, values: Tensor) -> Tensor:
-        median = self.history.median(dim=1, keepdim=True).values
-        deviation = _MAD_TO_SIGMA * (self.history - median).abs().median(dim=1, keepdim=True).values
+        window_is_full = self.history[:, 0].isfinite().all()
+        median = _lower_median(self.history)
+        deviation = _MAD_TO_SIGMA * _lower_median((self.history - median).abs())
         deviation = torch.maximum(deviation, self.floors * median.abs())
-        # an unfilled window has a NaN median, and no comparison with NaN holds
-        return (values[:, None] > median + self.config.spike_threshold * deviation).any()
+        return window_is_full & (values[:, None] > median + self.config.spike_threshold * deviation).any()
 
     def raise_if_stuck(self, consecutive_skips: int, step: int) -> None:
         """Raise NumericalAbort when the run cannot go on; called with the fetched counter at log rows."""
@@ -61,3 +61,8 @@ class StepGuard:
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {"history": self.history, "consecutive_skips": self.consecutive_skips}
+
+
+def _lower_median(x: Tensor) -> Tensor:
+    """(rows, W) -> (rows, 1); Tensor.median has no deterministic CUDA kernel."""
+    return x.sort(dim=1).values[:, (x.shape[1] - 1) // 2, None]

@@ -25,6 +25,7 @@ BAD = [
     ("train.steps=0", "train.steps must be at least 1"),
     ("train.micro_batch_size=3", "train.micro_batch_size must be a divisor of train.global_batch_size=4"),
     ("train.compute_dtype=float16", "train.compute_dtype must be one of bfloat16, float32"),
+    ("optim=null", "a config group (model, data, optim, experiment, variant, sweep) takes the name of an option"),
     ("optim.lr=-1", "optim.lr must be above 0"),
     ("optim.lr=inf", "optim.lr must be finite"),
     ("optim.lr=null", "optim.lr"),

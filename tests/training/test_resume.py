@@ -41,6 +41,12 @@ def test_finished_run_changes_nothing_when_run_again(undisturbed: Path, cache: P
     assert (final_state(undisturbed), metrics(undisturbed)) == before
 
 
+def test_repeatable_kernels_change_no_bit_on_a_cpu(tmp_path: Path, cache: Path, undisturbed: Path) -> None:
+    """And torch has such a kernel for everything a step does, as far as a CPU can tell."""
+    train(tmp_path, cache, STEPS, SAVE, EVALUATE, "runtime.deterministic=true")
+    assert_equal_runs(tmp_path, undisturbed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=["TERM", "INT", "KILL"])
 def test_interrupted_run_ends_bitwise_equal(
     tmp_path: Path, cache: Path, undisturbed: Path, number: signal.Signals
