@@ -6,6 +6,8 @@ import lzma
 
 # `xz -9` looks back this far, so more text before the held-out text would not help it.
 XZ_WINDOW = 64 << 20
+# A language with more text than this has no baseline: xz would take longer than all the rest of the preparation.
+MOST_TEXT = 64 << 20
 
 
 def xz_bits_per_byte(text: bytes) -> float:

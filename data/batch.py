@@ -1,76 +1,136 @@
-"""What the model is fed: rows of tokens with labels, languages and document starts, stacked into tensors."""
+"""What the model is fed: sequences of tokens with labels, languages and document starts, as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
 IGNORE_INDEX = -100
+CU_SEQLENS_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sequence of L tokens of one language, as arrays of length L.
+class Sequences:
+    """B sequences of one source each, as read: L inputs and the token behind the last one.
 
-    `labels[t]` is the token that follows `input_ids[t]`, IGNORE_INDEX where there is none. `valid` is False on padding.
-    `document_starts` marks inputs that open a document. `source_row` counts rows within the language's tokens.
+    Attributes:
+        tokens: (B, L + 1), any integer type; what lies behind `lengths + 1` tokens is padding.
+        starts: (B, L + 1) bool, tokens that open a document.
+        lengths: (B,) inputs in a sequence, L or fewer.
+        ends: (B, L) bool, inputs without a label, or None: each input is labelled by the token behind it.
+        languages, sources: (B,) places in the corpus's `languages` and `sources`.
     """
 
-    input_ids: np.ndarray
-    labels: np.ndarray
-    valid: np.ndarray
-    document_starts: np.ndarray
-    language: int
-    source_row: int
-    epoch: int
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    languages: np.ndarray
+    sources: np.ndarray
+    ends: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of L tokens, (B, L) each: ids, labels and languages int64, the others bool.
+    """B sequences of L tokens.
 
-    `languages` is the language of the input token, `label_languages` that of the label, both as places in
-    `TokenCorpus.languages`; on padding they mean nothing.
+    Attributes:
+        input_ids, labels: (B, L) int64; `labels[b, t]` is the token to predict from position t, or IGNORE_INDEX.
+        valid: (B, L) bool, False on padding.
+        document_starts: (B, L) bool, inputs that open a document.
+        row_languages, row_sources: (B,) int64, of all tokens of a sequence.
+        position_ids: (B, L) int32, counted from the start of the document, or None: documents do not mask each other.
+        cu_seqlens: (n,) int32, rising bounds of the spans of the flattened B L tokens that may attend to each other,
+            from 0 to B L, which is repeated until n is a multiple of 64; None as above.
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    valid: torch.Tensor
-    languages: torch.Tensor
-    label_languages: torch.Tensor
-    document_starts: torch.Tensor
+    input_ids: Tensor
+    labels: Tensor
+    valid: Tensor
+    document_starts: Tensor
+    row_languages: Tensor
+    row_sources: Tensor
+    position_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
-    @classmethod
-    def stack(cls, rows: Sequence[Row]) -> Batch:
-        """Stack B rows of equal length."""
-        languages = torch.tensor([row.language for row in rows])[:, None].repeat(1, len(rows[0].input_ids))
-        return cls(
-            input_ids=_stack([row.input_ids for row in rows]),
-            labels=_stack([row.labels for row in rows]),
-            valid=_stack([row.valid for row in rows]),
-            languages=languages,
-            label_languages=languages.clone(),
-            document_starts=_stack([row.document_starts for row in rows]),
-        )
+    @property
+    def languages(self) -> Tensor:
+        """(B, L) int64: language of every input, a place in `TokenCorpus.languages`; on padding it means nothing."""
+        return self.row_languages[:, None].expand_as(self.input_ids)
+
+    @property
+    def label_languages(self) -> Tensor:
+        """(B, L) int64: language of every label; sequences are of one language."""
+        return self.languages
+
+    @property
+    def sources(self) -> Tensor:
+        """(B, L) int64: source of every input, a place in `TokenCorpus.sources`."""
+        return self.row_sources[:, None].expand_as(self.input_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU can overlap with its work."""
-        return Batch(*(tensor.pin_memory() for tensor in self._tensors()))
+        return self._map(Tensor.pin_memory)
 
-    def num_labels(self) -> torch.Tensor:
+    def num_labels(self) -> Tensor:
         """Number of labels to predict, a scalar int64 on the batch's device."""
         return (self.labels != IGNORE_INDEX).sum()
 
-    def _tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if tensor is None else move(tensor) for tensor in tensors))  # type: ignore[arg-type]
 
 
-def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(arrays))  # B x (L,) -> (B, L)
+def assemble(sequences: Sequences, *, mask_documents: bool, padding_id: int) -> Batch:
+    """Tensors of B sequences. With `mask_documents` no label crosses a document's start and positions restart."""
+    seq_len = sequences.tokens.shape[1] - 1
+    input_ids = sequences.tokens[:, :-1].astype(np.int64)
+    labels = sequences.tokens[:, 1:].astype(np.int64)
+    starts = np.ascontiguousarray(sequences.starts[:, :-1])
+    valid = np.ones(input_ids.shape, dtype=np.bool_)
+    if np.any(sequences.lengths < seq_len):
+        valid = np.arange(seq_len) < sequences.lengths[:, None]
+        input_ids[~valid] = padding_id
+        labels[~valid] = IGNORE_INDEX
+        starts &= valid
+    if sequences.ends is not None:
+        labels[sequences.ends] = IGNORE_INDEX
+    position_ids = cu_seqlens = None
+    if mask_documents:
+        labels[sequences.starts[:, 1:]] = IGNORE_INDEX
+        position_ids, cu_seqlens = (torch.from_numpy(array) for array in document_spans(starts, sequences.lengths))
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        valid=torch.from_numpy(valid),
+        document_starts=torch.from_numpy(starts),
+        row_languages=torch.from_numpy(sequences.languages.astype(np.int64)),
+        row_sources=torch.from_numpy(sequences.sources.astype(np.int64)),
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def document_spans(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (B, L) and span bounds (n,), both int32, of starts (B, L).
+
+    A sequence's first token and the first of its padding open a span as well.
+    """
+    opens = starts.copy()
+    opens[:, 0] = True
+    padded = np.flatnonzero(lengths < starts.shape[1])
+    opens[padded, lengths[padded]] = True
+    bounds = np.flatnonzero(opens)
+    spans = np.diff(bounds, append=opens.size)
+    position_ids = np.arange(opens.size) - np.repeat(bounds, spans)
+    entries = -(-(len(bounds) + 1) // CU_SEQLENS_MULTIPLE) * CU_SEQLENS_MULTIPLE
+    cu_seqlens = np.full(entries, opens.size, dtype=np.int32)
+    cu_seqlens[: len(bounds)] = bounds
+    return position_ids.reshape(opens.shape).astype(np.int32), cu_seqlens

@@ -1,4 +1,4 @@
-"""Documents: one text with its language and where it came from, read lazily from JSON Lines."""
+"""Documents: one text with its language and where it came from; and what makes a row a bad one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data.errors import DataError
 
@@ -29,6 +30,10 @@ class Document:
         return len(self.text.encode())
 
 
+class RowProblem(ValueError):
+    """What is wrong with one row; the reader of the file knows which row."""
+
+
 def read_jsonl(path: str | Path) -> Iterator[Document]:
     """Yield the documents of a file whose lines are `{"text": ..., "lang": ..., "source": ...}` (`source` optional).
 
@@ -39,8 +44,8 @@ def read_jsonl(path: str | Path) -> Iterator[Document]:
     require_file(path)
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
-                yield _parse_row(line, f"{path}:{number}")
+            for number, (line, _) in enumerate(read_lines(file), start=1):
+                yield _document(line, f"{path}:{number}")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -55,35 +60,81 @@ def require_file(path: Path) -> None:
         raise DataError(f"{path}: no such file")
 
 
-def _parse_row(line: bytes, where: str) -> Document:
-    row = _parse_object(line, where)
-    text, language, source = row.get("text"), row.get("lang"), row.get("source", "")
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: `text` must be a string that is not empty")
-    if not isinstance(language, str) or not LANGUAGE.fullmatch(language):
-        raise DataError(f"{where}: `lang` must be a language tag such as en, zh or zh-hant")
-    if not isinstance(source, str):
-        raise DataError(f"{where}: `source` must be a string")
-    try:
-        (text + source).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: lone surrogate in the text, it has no UTF-8 form") from error
-    return Document(text, language, source)
+def read_lines(file: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
+    """Lines of `file` with their sizes in bytes; None in place of one that is longer than MAX_ROW_BYTES."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        size = len(line)
+        if size <= MAX_ROW_BYTES:
+            yield line, size
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
+            size += len(line)
+        yield None, size
 
 
-def _parse_object(line: bytes, where: str) -> dict[str, object]:
-    if len(line) > MAX_ROW_BYTES:
-        raise DataError(f"{where}: row is longer than {MAX_ROW_BYTES} bytes")
-    if line.startswith(codecs.BOM_UTF8):
-        raise DataError(f"{where}: starts with a byte order mark, save the file as plain UTF-8")
+def parse_text(content: bytes | None) -> str:
+    """Decode a row's bytes, None being a row that is too long. RowProblem: too long, a byte order mark, not UTF-8."""
+    if content is None:
+        raise RowProblem(f"row is longer than {MAX_ROW_BYTES} bytes")
+    if content.startswith(codecs.BOM_UTF8):
+        raise RowProblem("starts with a byte order mark, save the file as plain UTF-8")
     try:
-        row = json.loads(line.decode(), parse_constant=_refuse_constant)
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not valid UTF-8") from error
+        raise RowProblem("not valid UTF-8") from error
+
+
+def parse_object(line: bytes | None) -> dict[str, object]:
+    """The object on a line of JSON. RowProblem: as `parse_text`, not JSON, not an object, a key given twice."""
+    text = parse_text(line)
+    try:
+        row = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    except RowProblem:
+        raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON") from error
+        raise RowProblem("not JSON") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object")
+        raise RowProblem("not a JSON object")
+    return row
+
+
+def text_of(value: object, field: str = "text") -> str:
+    """`value` when it can be a document. RowProblem: not a string, empty, or a lone surrogate in it."""
+    if not isinstance(value, str) or not value.strip():
+        raise RowProblem(f"`{field}` must be a string that is not empty")
+    return _encodable(value)
+
+
+def language_of(value: object, field: str = "lang") -> str:
+    """`value` when it is a language tag, else RowProblem."""
+    if not isinstance(value, str) or not LANGUAGE.fullmatch(value):
+        raise RowProblem(f"`{field}` must be a language tag such as en, zh or zh-hant")
+    return value
+
+
+def _document(line: bytes | None, where: str) -> Document:
+    try:
+        row = parse_object(line)
+        text, language, source = text_of(row.get("text")), language_of(row.get("lang")), row.get("source", "")
+        if not isinstance(source, str):
+            raise RowProblem("`source` must be a string")
+        return Document(text, language, _encodable(source))
+    except RowProblem as problem:
+        raise DataError(f"{where}: {problem}") from problem
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowProblem("lone surrogate in the text, it has no UTF-8 form") from error
+    return text
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise RowProblem("a key is given twice")
     return row
 
 

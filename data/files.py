@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -22,15 +23,36 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `path` so that it holds all of `content` or is as it was before."""
+    with writing_whole(path) as file:
+        file.write(content)
+
+
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A scratch folder beside `out` that becomes `out` when the body succeeds and vanishes when it fails.
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the body succeeds and vanishes when it fails."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(out: Path, inside: Path | None = None) -> Iterator[Path]:
+    """A scratch folder in `inside`, by default beside `out`, that becomes `out` when the body succeeds, else vanishes.
 
     Raises:
         OSError: `out` has come into being meanwhile (ENOTEMPTY or EEXIST), or the disk failed.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.tmp-"))
+    folder = Path(tempfile.mkdtemp(dir=inside or out.parent, prefix=f".{out.name}.tmp-"))
     folder.chmod(0o755)
     try:
         yield folder

@@ -1,8 +1,9 @@
 """The manifest of a prepared corpus: what the folder holds and what it was made from.
 
-A corpus folder holds `manifest.json`, `tokenizer.json` and, for every split and language, a pair of files
-`<split>-<language>-00000.bin` (token ids, little-endian) and `.idx` (uint64, the end of every document in tokens). File
-names follow from split and language and are not stored, so a manifest cannot point outside its folder.
+A corpus folder holds `manifest.json`, `tokenizer.json`, `quarantine.jsonl` (rows that were left out, and why) and, for
+every split and source, pairs of files `<split>-<source>-<number>.bin` (token ids, little-endian) and `.idx` (uint64,
+the end of every document in tokens of its shard). File names follow from the entries and are not stored, so a manifest
+cannot point outside its folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,10 +19,12 @@ import xxhash
 
 from data.documents import LANGUAGE, require_file
 from data.errors import DataError
+from data.sources.spec import NAME
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+QUARANTINE = "quarantine.jsonl"
 SPLITS = ("train", "validation")
 DTYPES = ("uint16", "uint32")
 
@@ -28,12 +32,30 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A text file the corpus was made from; `name` has no folder."""
+class FileRecord:
+    """A file the corpus was made from: its name without folder, its size in bytes, and its stamp at the time."""
 
     name: str
     size: int
-    xxh3: str
+    stamp: str
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """A source of the corpus.
+
+    `weight` is the share of the training tokens it was given, on any scale.
+    `documents` are those in the shards. `duplicates` were left out as exact repetitions, `filtered` counts those left
+    out by reason, `quarantined` counts bad rows.
+    """
+
+    language: str
+    weight: float
+    files: tuple[FileRecord, ...]
+    documents: int
+    duplicates: int
+    filtered: Mapping[str, int]
+    quarantined: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,8 @@ class Shard:
     """One pair of `.bin` and `.idx` files. `text_bytes` counts UTF-8 bytes of the documents."""
 
     split: str
-    language: str
+    source: str
+    number: int
     tokens: int
     documents: int
     text_bytes: int
@@ -49,9 +72,14 @@ class Shard:
     index_xxh3: str
 
     @property
-    def stem(self) -> str:
-        """File name without `.bin` or `.idx`."""
-        return f"{self.split}-{self.language}-00000"
+    def bin_name(self) -> str:
+        """Name of the file of ids."""
+        return f"{self.split}-{self.source}-{self.number:05d}.bin"
+
+    @property
+    def idx_name(self) -> str:
+        """Name of the file of document ends."""
+        return f"{self.split}-{self.source}-{self.number:05d}.idx"
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Contents of `manifest.json`."""
+    """Contents of `manifest.json`. `held_out` is the fraction of the documents held out, such as 3/50."""
 
     dtype: str
     vocab_size: int
@@ -72,13 +100,16 @@ class Manifest:
     eos_id: int
     tokenizer_xxh3: str
     seed: int
-    sources: tuple[SourceFile, ...]
+    held_out: str
+    sources: Mapping[str, SourceRecord]
     shards: tuple[Shard, ...]
-    validation: dict[str, Baseline]
+    validation: Mapping[str, Baseline]
 
     def digest(self) -> str:
-        """xxh3-128 (hex) of what training can see: ids, documents and tokenizer, not file names or baselines."""
-        seen = (FORMAT_VERSION, self.dtype, self.tokenizer_xxh3, [asdict(shard) for shard in self.shards])
+        """xxh3-128 (hex) of what training can see: ids, documents, languages, tokenizer; not file names or counts."""
+        languages = {name: source.language for name, source in sorted(self.sources.items())}
+        shards = [asdict(shard) for shard in self.shards]
+        seen = (FORMAT_VERSION, self.dtype, self.tokenizer_xxh3, languages, shards)
         return xxhash.xxh3_128_hexdigest(json.dumps(seen, sort_keys=True).encode())
 
     def to_json(self) -> str:
@@ -106,7 +137,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _parse(content: Mapping[str, object], where: str) -> Manifest:
-    baselines = _field(content, "validation", dict, where)
+    sources = _entries(content, "sources", where)
+    baselines = _entries(content, "validation", where)
     return Manifest(
         dtype=_field(content, "dtype", str, where),
         vocab_size=_field(content, "vocab_size", int, where),
@@ -114,24 +146,39 @@ def _parse(content: Mapping[str, object], where: str) -> Manifest:
         eos_id=_field(content, "eos_id", int, where),
         tokenizer_xxh3=_field(content, "tokenizer_xxh3", str, where),
         seed=_field(content, "seed", int, where),
-        sources=tuple(_parse_source(entry, f"{where}: sources") for entry in _objects(content, "sources", where)),
+        held_out=_field(content, "held_out", str, where),
+        sources={name: _parse_source(entry, f"{where}: sources: {name}") for name, entry in sources.items()},
         shards=tuple(_parse_shard(entry, f"{where}: shards") for entry in _objects(content, "shards", where)),
         validation={name: _parse_baseline(entry, f"{where}: {name}") for name, entry in baselines.items()},
     )
 
 
-def _parse_source(entry: Mapping[str, object], where: str) -> SourceFile:
-    return SourceFile(
+def _parse_source(entry: Mapping[str, object], where: str) -> SourceRecord:
+    filtered = _field(entry, "filtered", dict, where)
+    return SourceRecord(
+        language=_field(entry, "language", str, where),
+        weight=_field(entry, "weight", float, where),
+        files=tuple(_parse_file(file, f"{where}: files") for file in _objects(entry, "files", where)),
+        documents=_field(entry, "documents", int, where),
+        duplicates=_field(entry, "duplicates", int, where),
+        filtered={reason: _field(filtered, reason, int, where) for reason in filtered},
+        quarantined=_field(entry, "quarantined", int, where),
+    )
+
+
+def _parse_file(entry: Mapping[str, object], where: str) -> FileRecord:
+    return FileRecord(
         name=_field(entry, "name", str, where),
         size=_field(entry, "size", int, where),
-        xxh3=_field(entry, "xxh3", str, where),
+        stamp=_field(entry, "stamp", str, where),
     )
 
 
 def _parse_shard(entry: Mapping[str, object], where: str) -> Shard:
     return Shard(
         split=_field(entry, "split", str, where),
-        language=_field(entry, "language", str, where),
+        source=_field(entry, "source", str, where),
+        number=_field(entry, "number", int, where),
         tokens=_field(entry, "tokens", int, where),
         documents=_field(entry, "documents", int, where),
         text_bytes=_field(entry, "text_bytes", int, where),
@@ -140,9 +187,7 @@ def _parse_shard(entry: Mapping[str, object], where: str) -> Shard:
     )
 
 
-def _parse_baseline(entry: object, where: str) -> Baseline:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where}: not an object")
+def _parse_baseline(entry: Mapping[str, object], where: str) -> Baseline:
     return Baseline(
         xz_bits_per_byte=_field(entry, "xz_bits_per_byte", float, where),
         xz_primed_bits_per_byte=_field(entry, "xz_primed_bits_per_byte", float, where),
@@ -154,18 +199,40 @@ def _check(manifest: Manifest, where: str) -> Manifest:
         raise DataError(f"{where}: dtype is {manifest.dtype!r}, allowed: {', '.join(DTYPES)}")
     if not 0 < manifest.vocab_size <= 1 << 31:
         raise DataError(f"{where}: vocab_size {manifest.vocab_size} is out of range")
+    _check_held_out(manifest, where)
+    for name, source in manifest.sources.items():
+        if not NAME.fullmatch(name) or not LANGUAGE.fullmatch(source.language):
+            raise DataError(f"{where}: {name!r:.80} of {source.language!r:.40}: bad source name or language")
     for shard in manifest.shards:
-        if shard.split not in SPLITS or not LANGUAGE.fullmatch(shard.language):
-            raise DataError(f"{where}: unknown split or language {shard.split!r} {shard.language!r}")
+        if shard.split not in SPLITS or shard.source not in manifest.sources:
+            raise DataError(f"{where}: unknown split or source {shard.split!r:.40} {shard.source!r:.80}")
         if min(shard.tokens, shard.documents, shard.text_bytes) < 1:
-            raise DataError(f"{where}: {shard.stem} has a count below 1")
-    languages = {shard.language for shard in manifest.shards}
-    expected = sorted((split, language) for split in SPLITS for language in languages)
-    if not languages or sorted((shard.split, shard.language) for shard in manifest.shards) != expected:
-        raise DataError(f"{where}: every language needs one shard in each of {', '.join(SPLITS)}")
-    if set(manifest.validation) != languages:
-        raise DataError(f"{where}: validation must name the languages {', '.join(sorted(languages))}")
+            raise DataError(f"{where}: {shard.bin_name} has a count below 1")
+    _check_numbers(manifest, where)
+    languages = {source.language for source in manifest.sources.values()}
+    if not set(manifest.validation) <= languages:
+        raise DataError(f"{where}: validation may name the languages {', '.join(sorted(languages))} only")
     return manifest
+
+
+def _check_held_out(manifest: Manifest, where: str) -> None:
+    try:
+        held_out = Fraction(manifest.held_out)
+    except (ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{where}: held_out {manifest.held_out!r:.40} is no fraction") from error
+    if not 0 <= held_out < 1:
+        raise DataError(f"{where}: held_out {manifest.held_out} is out of range")
+
+
+def _check_numbers(manifest: Manifest, where: str) -> None:
+    numbers: dict[tuple[str, str], list[int]] = {("train", name): [] for name in manifest.sources}
+    for shard in manifest.shards:
+        numbers.setdefault((shard.split, shard.source), []).append(shard.number)
+    if not numbers:
+        raise DataError(f"{where}: names no sources")
+    for (split, source), found in numbers.items():
+        if not found or found != list(range(len(found))):
+            raise DataError(f"{where}: {split} shards of {source} must be numbered from 0 on, found {found!r:.80}")
 
 
 def _field(content: Mapping[str, object], key: str, kind: type[T], where: str) -> T:
@@ -179,4 +246,11 @@ def _objects(content: Mapping[str, object], key: str, where: str) -> list[dict[s
     entries = _field(content, key, list, where)
     if not all(isinstance(entry, dict) for entry in entries):
         raise DataError(f"{where}: `{key}` must be a list of objects")
+    return entries
+
+
+def _entries(content: Mapping[str, object], key: str, where: str) -> dict[str, dict[str, object]]:
+    entries = _field(content, key, dict, where)
+    if not all(isinstance(entry, dict) for entry in entries.values()):
+        raise DataError(f"{where}: `{key}` must map names to objects")
     return entries

@@ -1,108 +1,257 @@
 """The order of training data as arithmetic: which source and which of its rows a global sequence index means.
 
-Nothing here has state. `Mixture` deals sequences to sources by a periodic template that keeps to the weights at every
-prefix; `permute` shuffles the rows of a source without a table.
+Nothing here has state, and every function takes arrays of indices. `Mixture` deals sequences to sources by periodic
+templates that keep to the weights at every prefix; `permute` and `permute_in_windows` shuffle the rows of a source
+without a table; `skip` leaves ranges of sequences out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+
+import numpy as np
 
 from data.errors import DataError
 
 MAX_PERIOD = 10_000
+MAX_ROWS = 1 << 53
 ROUNDS = 6
-MASK_64 = (1 << 64) - 1
+
+# 2,048 rows at a time: enough to mix documents that lie together, few enough to stay in the page cache.
+BLOCK_ROWS = 64
+WINDOW_BLOCKS = 32
+
+Integers = np.ndarray | int
+"""Arrays of int64 (indices) or uint64 (keys), or one number for all."""
 
 
-def permute(index: int, n: int, key: int) -> int:
-    """Where the permutation of `0 .. n - 1` chosen by the 64-bit `key` sends `index`.
+def permute(index: Integers, n: Integers, key: Integers) -> np.ndarray:
+    """Where the permutation of `0 .. n - 1` chosen by the 64-bit `key` sends `index`, element by element, int64.
 
     A balanced Feistel network over the next even power of two, walked along its cycle until it lands below `n` (Black
     and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): a bijection for every key, under 4 steps on average.
 
     Raises:
-        IndexError: `index` is not in `0 .. n - 1`.
+        IndexError: an index is not in `0 .. n - 1`.
     """
-    if not 0 <= index < n:
-        raise IndexError(f"index {index} is outside 0 .. {n - 1}")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    place = _feistel(index, half, key)
-    while place >= n:
-        place = _feistel(place, half, key)
-    return place
+    return _walk(index, n, key, range(ROUNDS))
 
 
-def _feistel(value: int, half: int, key: int) -> int:
-    left, right = value >> half, value & ((1 << half) - 1)
-    for number in range(ROUNDS):
-        left, right = right, left ^ (_scramble(right ^ _scramble(key + number)) >> (64 - half))
+def unpermute(place: Integers, n: Integers, key: Integers) -> np.ndarray:
+    """The index that `permute` sends to `place`."""
+    return _walk(place, n, key, range(ROUNDS - 1, -1, -1))
+
+
+def permute_in_windows(index: Integers, n: Integers, key: Integers) -> np.ndarray:
+    """A permutation of `0 .. n - 1` that reads a source in stretches: blocks of rows are permuted over all of it, then
+    rows inside a window of blocks.
+
+    The last block may be short by some rows; windows that begin behind it begin that much earlier.
+    """
+    index, n, key = _aligned(index, n, key)
+    num_blocks = -(-n // BLOCK_ROWS)
+    missing = num_blocks * BLOCK_ROWS - n
+    short_place = unpermute(num_blocks - 1, num_blocks, key)
+
+    def first_row(window: np.ndarray) -> np.ndarray:
+        return window * (BLOCK_ROWS * WINDOW_BLOCKS) - missing * (window * WINDOW_BLOCKS > short_place)
+
+    window = index // (BLOCK_ROWS * WINDOW_BLOCKS)
+    window += index >= first_row(window + 1)
+    begin = first_row(window)
+    size = np.minimum(first_row(window + 1), n) - begin
+    inside = permute(index - begin, size, _scramble(key ^ window.view(np.uint64)))
+    short_block = short_place - window * WINDOW_BLOCKS
+    behind_short = (short_block >= 0) & (inside >= (short_block + 1) * BLOCK_ROWS - missing)
+    inside += missing * behind_short
+    block = permute(window * WINDOW_BLOCKS + inside // BLOCK_ROWS, num_blocks, key)
+    return block * BLOCK_ROWS + inside % BLOCK_ROWS
+
+
+def _walk(start: Integers, n: Integers, key: Integers, rounds: Sequence[int]) -> np.ndarray:
+    start, n, key = _aligned(start, n, key)
+    if np.any((start < 0) | (start >= n)):
+        raise IndexError("an index is outside the permutation's domain")
+    half = np.maximum((np.frexp((n - 1).astype(np.float64))[1] + 1) // 2, 1).astype(np.uint64)
+    place = _feistel(start.view(np.uint64), half, key, rounds)
+    outside = np.flatnonzero(place >= n.view(np.uint64))
+    while outside.size:
+        place[outside] = _feistel(place[outside], half[outside], key[outside], rounds)
+        outside = outside[place[outside] >= n.view(np.uint64)[outside]]
+    return place.view(np.int64)
+
+
+def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray, rounds: Sequence[int]) -> np.ndarray:
+    """One pass over the network; with the rounds reversed, its inverse, whose halves enter and leave swapped."""
+    forward = rounds[0] == 0
+    left, right = value >> half, value & ((np.uint64(1) << half) - np.uint64(1))
+    if not forward:
+        left, right = right, left
+    for number in rounds:
+        left, right = right, left ^ (_scramble(right ^ _scramble(key + np.uint64(number))) >> (np.uint64(64) - half))
+    if not forward:
+        left, right = right, left
     return left << half | right
 
 
-def _scramble(value: int) -> int:
-    """One output of the SplitMix64 generator (Steele, Lea and Flood, 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & MASK_64
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK_64
-    return value ^ value >> 31
+def _scramble(value: np.ndarray) -> np.ndarray:
+    """One output of the SplitMix64 generator (Steele, Lea and Flood, 2014), modulo 2^64."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return value ^ value >> np.uint64(31)
+
+
+def _aligned(index: Integers, n: Integers, key: Integers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if np.any(np.asarray(n) > MAX_ROWS):
+        raise IndexError(f"a permutation of more than {MAX_ROWS} rows")
+    arrays = np.broadcast_arrays(
+        np.atleast_1d(np.asarray(index, np.int64)), np.asarray(n, np.int64), np.asarray(key, np.uint64)
+    )
+    return tuple(np.ascontiguousarray(array) for array in arrays)  # type: ignore[return-value]
+
+
+def skip(index: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The `index`-th sequence that lies in none of the `ranges` [first, end), which are disjoint and rising."""
+    lengths = np.cumsum([0, *(end - first for first, end in ranges)])
+    kept_before = np.array([first for first, _ in ranges], dtype=np.int64) - lengths[:-1]
+    return index + lengths[np.searchsorted(kept_before, index, side="right")]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From global sequence `start` on, sources are mixed by `weights`."""
+
+    start: int
+    weights: Mapping[str, Fraction]
+
+    @classmethod
+    def of(cls, start: int, weights: Mapping[str, Fraction | float | str], where: str = "weights") -> Stage:
+        """Weights on any positive scale (0.7 and 0.3, or 7 and 3), taken as the decimals or fractions they are written
+        as. DataError names a weight that is none, or that they are all 0."""
+        exact = {name: _exact(weight, f"{where}.{name}") for name, weight in weights.items()}
+        total = sum(exact.values())
+        if total == 0:
+            raise DataError(f"{where}: at least one must be above 0")
+        return cls(start, {name: weight / total for name, weight in sorted(exact.items())})
 
 
 class Mixture:
-    """Sources in fixed proportions: after any number of sequences every source is within one of its exact share.
-
-    Weights may be any positive scale (0.7 and 0.3, or 7 and 3) and are taken as the decimals or fractions they are
-    written as. A source of weight 0 is never drawn. All sequences have equal length, so these are weights of tokens.
+    """Sources in fixed proportions, stage by stage: after any number of sequences every source is within one of its
+    exact share. All sequences have equal length, so these are weights of tokens.
 
     Attributes:
-        weights: shares that add up to 1, sources of weight 0 left out.
-        period: the template repeats after this many sequences.
+        sources: names of the sources that some stage draws from, sorted.
+        stages: as given, the first from sequence 0.
     """
 
-    def __init__(self, weights: Mapping[str, Fraction | float | str]) -> None:
-        exact = {name: _exact(name, weight) for name, weight in weights.items()}
-        total = sum(exact.values())
-        if total == 0:
-            raise DataError("weights: at least one must be above 0")
-        self.weights = {name: weight / total for name, weight in sorted(exact.items()) if weight}
-        self.period = math.lcm(*(weight.denominator for weight in self.weights.values()))
-        if self.period > MAX_PERIOD:
-            raise DataError(f"weights: repeat only after {self.period} sequences, round them ({MAX_PERIOD} is allowed)")
-        self._shares = {name: int(weight * self.period) for name, weight in self.weights.items()}
-        self._template = _deal(self._shares, self.period)
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        if not stages or stages[0].start != 0:
+            raise DataError("weights: the first stage must start at 0")
+        if any(after.start <= before.start for before, after in zip(stages, stages[1:], strict=False)):
+            raise DataError("stages: must start at rising steps")
+        self.stages = tuple(stages)
+        self.sources = sorted({name for stage in stages for name, weight in stage.weights.items() if weight})
+        self._starts = np.array([stage.start for stage in stages], dtype=np.int64)
+        self._templates: list[_Template] = []
+        ends = [*self._starts[1:], None]
+        drawn, owed = np.zeros(len(self.sources), np.int64), [Fraction(0)] * len(self.sources)
+        for stage, end in zip(stages, ends, strict=True):
+            shares = [stage.weights.get(name, Fraction(0)) for name in self.sources]
+            template = _Template(shares, drawn, owed)
+            self._templates.append(template)
+            if end is not None:
+                length = int(end) - stage.start
+                drawn = template.drawn_after(length)
+                gained = drawn - template.drawn_before
+                owed = [o + s * length - int(g) for o, s, g in zip(owed, shares, gained, strict=True)]
 
-    def locate(self, index: int) -> tuple[str, int]:
-        """(source, k): global sequence `index` is the k-th sequence drawn from `source`; k counts from 0."""
-        cycle, place = divmod(index, self.period)
-        source, drawn = self._template[place]
-        return source, cycle * self._shares[source] + drawn
+    def locate(self, index: Integers) -> tuple[np.ndarray, np.ndarray]:
+        """(place in `sources`, k): a global sequence is the k-th drawn from its source; k counts from 0. int64."""
+        index = np.atleast_1d(np.asarray(index, np.int64))
+        stage = np.searchsorted(self._starts, index, side="right") - 1
+        sources, drawn = np.empty_like(index), np.empty_like(index)
+        for number in np.unique(stage):
+            here = stage == number
+            sources[here], drawn[here] = self._templates[number].locate(index[here] - self._starts[number])
+        return sources, drawn
 
 
-def _exact(name: str, weight: Fraction | float | str) -> Fraction:
+class _Template:
+    """The draws of one stage: some periods at its start, then one or more that repeat for ever.
+
+    `owed` is what earlier stages left each source short of its share; after a period the debts can only have changed by
+    whole sequences, so that they soon repeat.
+    """
+
+    def __init__(self, shares: Sequence[Fraction], drawn_before: np.ndarray, owed: Sequence[Fraction]) -> None:
+        period = math.lcm(*(share.denominator for share in shares))
+        if period > MAX_PERIOD:
+            raise DataError(f"weights: repeat only after {period} sequences, round them ({MAX_PERIOD} is allowed)")
+        self.drawn_before = drawn_before
+        seen: dict[tuple[Fraction, ...], int] = {}
+        order: list[int] = []
+        debts = tuple(owed)
+        while debts not in seen:
+            seen[debts] = len(order)
+            draws, debts = _deal(shares, period, debts)
+            order += draws
+        self._repeats_from = seen[debts]
+        self._order = np.array(order, dtype=np.int64)
+        one_hot = self._order[:, None] == np.arange(len(shares))
+        self._drawn = np.concatenate([np.zeros((1, len(shares)), np.int64), np.cumsum(one_hot, axis=0)])
+
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cycles, place = self._place(index)
+        source = self._order[place]
+        return source, self.drawn_before[source] + cycles * self._per_cycle()[source] + self._drawn[place, source]
+
+    def drawn_after(self, length: int) -> np.ndarray:
+        cycles, place = self._place(np.array([length]))
+        return self.drawn_before + cycles * self._per_cycle() + self._drawn[place[0]]
+
+    def _place(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cycle = len(self._order) - self._repeats_from
+        cycles = np.maximum(index - self._repeats_from, 0) // cycle
+        return cycles, index - cycles * cycle
+
+    def _per_cycle(self) -> np.ndarray:
+        return self._drawn[-1] - self._drawn[self._repeats_from]
+
+
+def _exact(weight: Fraction | float | str, where: str) -> Fraction:
     try:
         exact = weight if isinstance(weight, Fraction) else Fraction(str(weight))
     except (ValueError, ZeroDivisionError) as error:
-        raise DataError(f"weights.{name}: {weight!r} is not a number") from error
+        raise DataError(f"{where}: {weight!r} is not a number") from error
     if exact < 0:
-        raise DataError(f"weights.{name}: {weight} is negative")
+        raise DataError(f"{where}: {weight} is negative")
     return exact
 
 
-def _deal(shares: Mapping[str, int], period: int) -> list[tuple[str, int]]:
-    """One period of (source, how often it was drawn before).
+def _deal(shares: Sequence[Fraction], period: int, owed: Sequence[Fraction]) -> tuple[list[int], tuple[Fraction, ...]]:
+    """One period of draws, and what is owed to the sources after it.
 
     Tijdeman, "The chairman assignment problem" (1980): among the sources far enough behind, take the one whose deadline
     comes first. With n sources no prefix strays from the shares by more than 1 - 1 / (2n - 2).
     """
-    slack = max(2 * len(shares) - 2, 1)
-    drawn = dict.fromkeys(shares, 0)
-    template = []
-    for place in range(1, period + 1):
-        behind = {name: slack * (share * place - period * drawn[name]) for name, share in shares.items()}
-        due = [name for name in shares if behind[name] >= period]
-        source = min(due, key=lambda name: Fraction((slack - 1) * period - behind[name], shares[name]))
-        template.append((source, drawn[source]))
-        drawn[source] += 1
-    return template
+    unit = math.lcm(period, *(debt.denominator for debt in owed))  # debts and shares as whole numbers of 1 / unit
+    gains = [int(share * unit) for share in shares]
+    debts = [int(debt * unit) for debt in owed]
+    slack = max(2 * sum(gain > 0 or debt != 0 for gain, debt in zip(gains, debts, strict=True)) - 2, 1)
+
+    def deadline(place: int) -> Fraction | float:
+        if not gains[place]:
+            return math.inf  # owed by an earlier stage, and never more than it was
+        return Fraction((slack - 1) * unit - slack * debts[place], gains[place])
+
+    draws = []
+    for _ in range(period):
+        debts = [debt + gain for debt, gain in zip(debts, gains, strict=True)]
+        source = min((place for place, debt in enumerate(debts) if slack * debt >= unit), key=deadline)
+        draws.append(source)
+        debts[source] -= unit
+    return draws, tuple(Fraction(debt, unit) for debt in debts)

@@ -1,121 +1,106 @@
-"""Training data as a pure function: `TokenStream[g]` is the g-th sequence ever trained on, whoever asks and whenever.
-
-    g --mixture--> (language, k)      k counts the sequences drawn from the language so far
-    k --divmod---> (epoch, j)         over the rows of the language
-    j --permute--> row                a new permutation for every language and epoch
-    row ---------> L + 1 tokens at row * L: the first L are inputs, the last L their labels
-
-Neighbouring rows share one token, so every token but a source's first and the tail after its last full row is a label
-once an epoch. Documents follow one another without a mask: a document's first token is the label of the one before it.
-"""
+"""What all streams of training sequences have in common: a text, a spec, and rows of held-out text to validate on."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
-from data.batch import IGNORE_INDEX, Row
+from data.batch import Batch, Sequences, assemble
 from data.errors import DataError
-from data.order import Mixture, permute
-from data.shards import TokenCorpus, TokenSource
-
-STREAM_VERSION = 1
+from data.shards import CorpusSplit
+from data.spec import StreamSpec
 
 
-@dataclass(frozen=True)
-class StreamSpec:
-    """All that decides which sequence comes when. `weights` are the exact shares, `corpus` is `TokenCorpus.digest`."""
+class Text(Protocol):
+    """What a corpus of either kind, prepared or tokenised while training, says of itself.
 
-    corpus: str
-    seq_len: int
-    seed: int
-    weights: Mapping[str, Fraction]
-
-    def fingerprint(self) -> str:
-        """32 hex digits that differ when the stream does."""
-        shares = {language: str(share) for language, share in sorted(self.weights.items())}
-        spec = (STREAM_VERSION, self.corpus, self.seq_len, self.seed, shares)
-        return xxhash.xxh3_128_hexdigest(json.dumps(spec).encode())
-
-
-class TokenStream:
-    """The endless training sequences of a corpus, and its validation rows.
-
-    Args:
-        corpus: an open corpus.
-        seq_len: inputs in a sequence, L.
-        weights: share of every language of the corpus in the training tokens; 0 leaves a language out.
-        seed: order of the rows.
-
-    Raises:
-        DataError: a setting out of range, weights that do not name the corpus's languages, or a language without a row.
+    Attributes:
+        sources, languages: names, sorted; a place here is the id of a source or language everywhere else.
+        language_of: language of every source.
+        digest: of everything training can see.
+        vocab_size, eos_id, tokenizer_path: of its tokenizer.
+        baselines: what `xz` makes of the held-out text, by language, where that is known.
     """
 
-    def __init__(
-        self, corpus: TokenCorpus, seq_len: int, weights: Mapping[str, Fraction | float | str], seed: int
-    ) -> None:
-        if seq_len < 1:
-            raise DataError(f"seq_len: {seq_len} is too small, 1 is the least")
-        if set(weights) != set(corpus.languages):
-            named, there = (", ".join(sorted(names)) or "none" for names in (weights, corpus.languages))
+    sources: tuple[str, ...]
+    languages: tuple[str, ...]
+    language_of: dict[str, str]
+    digest: str
+    vocab_size: int
+    eos_id: int
+    tokenizer_path: Path
+    baselines: Mapping[str, Any]
+
+    def split(self, name: str) -> CorpusSplit: ...
+
+    def validation_bytes(self, language: str) -> int: ...
+
+    def sample(self, language: str, count: int) -> np.ndarray: ...
+
+
+class Stream:
+    """Training sequences of a text under a spec; see the two kinds, `TokenStream` and `TextStream`.
+
+    Attributes:
+        text, spec: as given.
+        fingerprint: differs from that of any stream that deals other sequences.
+
+    Raises:
+        DataError: weights that do not name the text's sources.
+    """
+
+    def __init__(self, text: Text, spec: StreamSpec) -> None:
+        if spec.names() != set(text.sources):
+            named, there = (", ".join(sorted(names)) or "none" for names in (spec.names(), text.sources))
             raise DataError(
-                f"weights: name {named}, the corpus has {there}; name these "
-                "(~data.weights.NAME drops one, weight 0 leaves a language out)"
+                f"weights: name {named}, the text has {there}; name these "
+                "(~data.weights.NAME drops one, weight 0 leaves a source out)"
             )
-        self.corpus = corpus
-        self.seq_len = seq_len
-        self.seed = seed
-        self._mixture = Mixture(weights)
-        self.spec = StreamSpec(corpus.digest, seq_len, seed, self._mixture.weights)
-        self._sources = {language: corpus.split("train").source(language) for language in self._mixture.weights}
-        for language, source in self._sources.items():
-            if source.num_tokens <= seq_len:
-                raise DataError(
-                    f"language {language}: {source.num_tokens} training tokens, one sequence needs {seq_len + 1}"
-                )
+        self.text, self.spec = text, spec
+        self.seq_len = spec.seq_len
+        self.fingerprint = spec.fingerprint(text.digest)
+        languages = [text.languages.index(text.language_of[name]) for name in text.sources]
+        self.source_languages = np.array(languages)
 
-    def __getitem__(self, index: int) -> Row:
-        """The training sequence with global index `index`, 0 or more."""
-        if index < 0:
-            raise IndexError(f"sequence {index}: indices start at 0")
-        language, drawn = self._mixture.locate(index)
-        rows = self.num_rows(language)
-        epoch, place = divmod(drawn, rows)
-        row = permute(place, rows, xxhash.xxh3_64_intdigest(f"{self.seed}/{language}/{epoch}".encode()))
-        return self._cut(self._sources[language], language, row, epoch)
+    def assemble(self, sequences: Sequences) -> Batch:
+        """The batch of sequences as they were read."""
+        return assemble(sequences, mask_documents=self.spec.mask_documents, padding_id=self.text.eos_id)
 
-    def num_rows(self, language: str) -> int:
-        """Rows of a language in one epoch."""
-        return (self._sources[language].num_tokens - 1) // self.seq_len
+    def num_validation_rows(self, source: str) -> int:
+        """Rows that cover the source's held-out tokens, the last one padded."""
+        return -(-max(self.text.split("validation").source(source).num_tokens - 1, 0) // self.seq_len)
 
-    def num_validation_rows(self, language: str) -> int:
-        """Rows that cover the language's held-out tokens, the last one padded."""
-        return -(-(self.corpus.split("validation").source(language).num_tokens - 1) // self.seq_len)
+    def validation_batch(self, source: str, first: int, count: int) -> Batch:
+        """Held-out rows `first .. first + count - 1` of a source, cut end to end; rows behind the last are all padding.
 
-    def validation_row(self, language: str, row: int) -> Row:
-        """Row `row` of the held-out tokens, in order; from `num_validation_rows` on, rows are all padding."""
-        return self._cut(self.corpus.split("validation").source(language), language, row, epoch=0)
+        Every held-out token but the first is a label once, unless documents are masked from each other.
+        """
+        held_out = self.text.split("validation").source(source)
+        last = max(held_out.num_tokens - 1, 0)
+        begins = np.minimum(np.arange(first, first + count) * self.seq_len, last)
+        lengths = np.minimum(begins + self.seq_len, last) - begins
+        tokens = np.full((count, self.seq_len + 1), self.text.eos_id, dtype=np.int64)
+        starts = np.zeros(tokens.shape, dtype=np.bool_)
+        for row in np.flatnonzero(lengths).tolist():
+            begin, end = int(begins[row]), int(begins[row] + lengths[row] + 1)
+            tokens[row, : end - begin] = held_out.tokens(begin, end)
+            starts[row, : end - begin] = held_out.document_starts(begin, end)
+        place = np.full(count, self.text.sources.index(source))
+        return self.assemble(Sequences(tokens, starts, lengths, self.source_languages[place], place))
 
-    def validation_rows(self, language: str) -> Iterator[Row]:
-        """All held-out rows of a language in order; every held-out token but the first is a label exactly once."""
-        return (self.validation_row(language, row) for row in range(self.num_validation_rows(language)))
 
-    def _cut(self, source: TokenSource, language: str, row: int, epoch: int) -> Row:
-        begin = min(row * self.seq_len, source.num_tokens - 1)
-        end = min(begin + self.seq_len, source.num_tokens - 1)
-        count, missing = end - begin, self.seq_len - (end - begin)
-        tokens = source.tokens(begin, end + 1)
-        return Row(
-            input_ids=np.pad(tokens[:-1], (0, missing), constant_values=self.corpus.eos_id),
-            labels=np.pad(tokens[1:], (0, missing), constant_values=IGNORE_INDEX),
-            valid=np.arange(self.seq_len) < count,
-            document_starts=np.pad(source.document_starts(begin, end), (0, missing)),
-            language=self.corpus.languages.index(language),
-            source_row=row,
-            epoch=epoch,
-        )
+def validation_batches(
+    stream: Stream, source: str, batch_size: int, dp_rank: int = 0, dp_size: int = 1
+) -> Iterator[Batch]:
+    """This rank's share of a source's held-out rows; all ranks get equally many batches, the last ones padded.
+
+    Raises:
+        DataError: a size below 1, or the source is not in the corpus.
+    """
+    if min(batch_size, dp_size) < 1:
+        raise DataError(f"batch_size and dp_size: {batch_size} and {dp_size} must be at least 1")
+    for start in range(0, stream.num_validation_rows(source), batch_size * dp_size):
+        yield stream.validation_batch(source, start + dp_rank * batch_size, batch_size)

@@ -37,9 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = [*widths, "expert_budget=4", f"max_position_embeddings={POSITIONS}", "initializer_range=0.5"]
     overrides = [
         *(f"model.{value}" for value in model),
-        f"data.sources=[{folder / 'text.jsonl'}]",
+        "data=text",
+        f"+data.sources.en.path={folder / 'text.jsonl'}",
         f"data.tokenizer={TOKENIZER}",
-        "~data.weights.zh",
         "data.seq_len=16",
         *("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.schedule.warmup_steps=1"),
         *("train.compute_dtype=bfloat16", "runtime.device=cpu", "checkpoint.interval=1"),

@@ -1,12 +1,14 @@
 """Byte-level BPE: load, check and use a `tokenizer.json`.
 
-`python -m data.tokenizer train` makes one, `python -m data.tokenizer inspect` describes one.
+`python -m data.tokenizer train` makes one, `import` takes over another project's, `inspect` describes and compares.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,36 +17,64 @@ import xxhash
 
 from data.documents import require_file
 from data.errors import DataError
+from data.tokenizer.layout import (
+    BOS,
+    EOS,
+    MAX_FILE_BYTES,
+    check_entries,
+    check_lossless,
+    check_unspeakable,
+    parse,
+    special_names,
+)
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
+__all__ = ["BOS", "EOS", "PROBE", "Tokenizer", "errors_name", "read_tokenizer"]
 
 # Composed and decomposed accents, full width, emoji with joiners, both scripts of Chinese, digits, all sorts of blanks.
 PROBE = (
     "Café cafe\u0301 naïve\t0123 ＡＢＣ，１２\u3000学而时习之，不亦說乎？\r\n"
     "  \U0001f469\u200d\U0001f52c\U0001f1e8\U0001f1f3 ½ €\n\n한국어 ру́сский \u200b\x00 end  "
 )
+# Runs on which patterns that backtrack too much give up with a panic, here rather than in the middle of a corpus.
+STRESS = tuple(
+    character * 2048 + stop for character in ("a", "Z", " ", "1", "!", "中", "\n") for stop in ("", "!", "中")
+)
+LONG_BLANKS = re.compile(r"\s{512,}")
 
 
 class Tokenizer:
     """A checked byte-level BPE vocabulary. Text never produces BOS or EOS, even where it spells them out.
 
     Attributes:
-        vocab_size: number of ids; ids are dense, `0 .. vocab_size - 1`.
-        bos_id, eos_id: ids that open and close a document.
+        vocab_size: the highest id plus one: the rows a model needs.
+        num_entries: ids in use, all of `0 .. vocab_size - 1` unless an imported file leaves holes.
+        bos, eos, bos_id, eos_id: tokens that open and close a document, and their ids.
         digest: xxh3-128 of the file, hex.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, digest: str, name: str) -> None:
+    def __init__(self, content: bytes, name: str) -> None:
+        with errors_name(name, "not a tokenizer.json"):
+            backend = tokenizers.Tokenizer.from_str(content.decode())
+            layout = parse(content)
+        check_lossless(layout, name)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
         self._name = name
-        self.digest = digest
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self._special_id(BOS)
-        self.eos_id = self._special_id(EOS)
+        self.digest = xxhash.xxh3_128_hexdigest(content)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        check_entries(layout, vocabulary, name)
+        self.num_entries = len(vocabulary)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        # Added tokens for ordinary text. The library reads their characters as if they spelled bytes when it decodes,
+        # which ruins the 13 letters from À to ÿ that the released models have so.
+        added = backend.get_added_tokens_decoder().items()
+        self._ordinary = {index: entry.content for index, entry in added if not entry.special}
+        self.bos, self.eos = special_names(layout)
+        check_unspeakable(layout, (self.bos, self.eos), name)
+        self.bos_id = self._special_id(self.bos)
+        self.eos_id = self._special_id(self.eos)
         self._check()
 
     @classmethod
@@ -52,14 +82,9 @@ class Tokenizer:
         """Read and check a `tokenizer.json`.
 
         Raises:
-            DataError: no such file, not a tokenizer, ids not dense, BOS or EOS missing, or text does not survive.
+            DataError: no such file, too large, not a tokenizer, bad ids, BOS or EOS missing, or text does not survive.
         """
-        path = Path(path)
-        require_file(path)
-        content = path.read_bytes()
-        with _errors_name(str(path), "not a tokenizer.json"):
-            backend = tokenizers.Tokenizer.from_str(content.decode())
-        return cls(backend, xxhash.xxh3_128_hexdigest(content), str(path))
+        return cls(read_tokenizer(path), str(path))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without BOS and EOS."""
@@ -71,21 +96,30 @@ class Tokenizer:
         Raises:
             DataError: a text cannot be encoded (a lone surrogate).
         """
-        with _errors_name(self._name, "text cannot be encoded"):
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        cut = [_cut_blanks(text) for text in texts]
+        with errors_name(self._name, "text cannot be encoded"):
+            encodings = iter(
+                self._backend.encode_batch_fast([part for parts in cut for part in parts], add_special_tokens=False)
+            )
+        return [_join([next(encodings).ids for _ in parts]) for parts in cut]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; BOS and EOS vanish, an incomplete character becomes U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        """Text of `ids`; special tokens vanish, an incomplete character becomes U+FFFD."""
+        if self._ordinary.keys().isdisjoint(ids):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
+        runs = groupby(ids, key=self._ordinary.get)
+        return "".join(
+            self._backend.decode(list(run), skip_special_tokens=True) if added is None else added * len(list(run))
+            for added, run in runs
+        )
 
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of UTF-8 that each id stands for, (vocab_size,) int64; 0 for special tokens."""
+        """Bytes of UTF-8 that each id stands for, (vocab_size,) int64; 0 for special tokens and ids without a token."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._backend.get_vocab(with_added_tokens=False).items():
             lengths[index] = len(token)  # the byte-level alphabet spells every byte as one character
-        for index, added in self._backend.get_added_tokens_decoder().items():
-            lengths[index] = 0 if added.special else len(added.content.encode())
+        for index in self._backend.get_added_tokens_decoder():
+            lengths[index] = len(self._ordinary.get(index, "").encode())
         return lengths
 
     def _special_id(self, token: str) -> int:
@@ -96,18 +130,37 @@ class Tokenizer:
         return ids[0]
 
     def _check(self) -> None:
-        ids = self._backend.get_vocab(with_added_tokens=True).values()
-        if sorted(ids) != list(range(self.vocab_size)):
-            raise DataError(f"{self._name}: ids must be 0 .. {self.vocab_size - 1}, each once")
         if self.bos_id == self.eos_id:
-            raise DataError(f"{self._name}: BOS and EOS share id {self.bos_id}")
-        encoded = self.encode(PROBE)
-        if self.decode(encoded) != PROBE or self.byte_lengths()[encoded].sum() != len(PROBE.encode()):
-            raise DataError(f"{self._name}: text changes when encoded and decoded, a byte-level tokenizer is needed")
+            raise DataError(f"{self._name}: BOS and EOS are the same token {self.bos}, documents need two")
+        texts = [
+            PROBE,
+            *STRESS,
+            *(f"a \t{token}\n {token} b" for token in self._ordinary.values()),
+            f"{self.bos} {self.eos}{self.bos}",
+        ]
+        lengths = self.byte_lengths()
+        encoded = self.encode_batch(texts)
+        for text, ids in zip(texts, encoded, strict=True):
+            if self.decode(ids) != text or lengths[ids].sum() != len(text.encode()):
+                problem = "text changes when encoded and decoded, a byte-level tokenizer is needed"
+                raise DataError(f"{self._name}: {problem}: {text!r:.60}")
+
+
+def read_tokenizer(path: str | Path) -> bytes:
+    """Content of a tokenizer file.
+
+    Raises:
+        DataError: no such file, or one far too large to be a tokenizer.
+    """
+    path = Path(path)
+    require_file(path)
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise DataError(f"{path}: {size:,} bytes are too many for a tokenizer, {MAX_FILE_BYTES:,} are allowed")
+    return path.read_bytes()
 
 
 @contextmanager
-def _errors_name(name: str, problem: str) -> Iterator[None]:
+def errors_name(name: str, problem: str) -> Iterator[None]:
     """Turn whatever the library raises into a DataError; its panics do not even derive from Exception."""
     try:
         yield
@@ -117,6 +170,19 @@ def _errors_name(name: str, problem: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise DataError(f"{name}: {problem}: {_first_line(error)}") from error
+
+
+def _cut_blanks(text: str) -> list[str]:
+    """`text`, cut before the last blank of every very long run of them.
+
+    The family's pattern for trailing blanks takes time with the square of such a run; a million would take hours.
+    """
+    cuts = [run.end() - 1 for run in LONG_BLANKS.finditer(text)]
+    return [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+
+
+def _join(parts: list[list[int]]) -> list[int]:
+    return parts[0] if len(parts) == 1 else [index for part in parts for index in part]
 
 
 def _first_line(error: BaseException) -> str:

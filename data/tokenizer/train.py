@@ -1,27 +1,30 @@
-"""Train a byte-level BPE vocabulary on the training split of some documents.
+"""Train a byte-level BPE vocabulary on the training split of some sources.
 
 The text is cut into words before merging as the DeepSeek family does it: line breaks alone, words of cased letters and
 runs of punctuation with at most one blank before them, trailing blanks, runs of Chinese, Japanese and Korean
-characters, digits one by one. Every language gives equally many bytes, so that none crowds out another.
+characters, digits one by one. `data.tokenizer.sampling` says what is learned from.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
-from data.documents import Document, read_jsonl
+from data.documents import Document
 from data.errors import DataError
-from data.split import keyed_hash, split_documents
-from data.tokenizer import BOS, EOS
+from data.files import write_whole
+from data.sources.read import read_documents
+from data.sources.spec import SourceSpec
+from data.tokenizer import BOS, EOS, errors_name
+from data.tokenizer.sampling import Sample, choose
 
 ALPHABET_SIZE = 256
-BALANCE_KEY = 0x62616C616E6365
+MAX_BYTES = 400_000_000
 WORDS = (
     r"[\r\n]",
     r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
@@ -29,73 +32,67 @@ WORDS = (
     r"\s+$",
     r"[一-龥\u0800-一가-\ud7ff]+",
 )
+# The trainer alone cuts long words: a merge walks through every word that has it, and a page without a stop is one.
+LONG_WORD = r"[\s\S]{64}"
 
 
-def train_tokenizer(sources: Sequence[str | Path], vocab_size: int, out: str | Path) -> Path:
+def train_tokenizer(
+    sources: Sequence[SourceSpec],
+    vocab_size: int,
+    out: str | Path,
+    *,
+    shares: Mapping[str, Fraction] | None = None,
+    max_bytes: int = MAX_BYTES,
+    report: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> Sample:
     """Train on the training documents of `sources` and write `out`, a `tokenizer.json` of exactly `vocab_size` entries.
 
-    The bytes written depend on the documents and `vocab_size` alone.
+    The bytes written depend on the set of documents and the arguments alone. `shares` are the languages' parts of the
+    text, equal by default; no more than `max_bytes` of it are used, each costing about 40 bytes of memory. `report`
+    gets a line for every stage, `progress` draws bars.
 
     Raises:
         DataError: bad input, `vocab_size` below 258, or too little text for `vocab_size` entries.
     """
     if vocab_size < ALPHABET_SIZE + 2:
         raise DataError(f"--vocab-size: {vocab_size} is too small, {ALPHABET_SIZE + 2} entries are bytes, BOS and EOS")
-    train, _ = split_documents([document for source in sources for document in read_jsonl(source)])
-    tokenizer = untrained()
+    counted = tqdm(_read(sources), "reading", unit=" documents", disable=not progress)
+    sample = choose(counted, shares or {}, max_bytes)
+    for language, available in sample.available.items():
+        report(f"{language}: {sample.taken[language] / 1e6:.1f} of {available / 1e6:.1f} MB")
+    tokenizer = _learn(sample.pieces(_read(sources)), vocab_size, progress)
+    if (size := tokenizer.get_vocab_size()) != vocab_size:
+        raise DataError(f"--vocab-size: the text yields only {size} entries, {vocab_size} were asked for")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(out), (tokenizer.to_str() + "\n").encode())
+    return sample
+
+
+def family_words() -> list[pre_tokenizers.PreTokenizer]:
+    """The steps that cut text into words as the DeepSeek family does."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS]
+    return [*splits, pre_tokenizers.Digits(individual_digits=True)]
+
+
+def _learn(pieces: Iterable[str], vocab_size: int, progress: bool) -> Tokenizer:
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    cut = pre_tokenizers.Split(Regex(LONG_WORD), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*family_words(), cut, spelling])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[AddedToken(BOS, special=True), AddedToken(EOS, special=True)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=progress,
     )
-    tokenizer.train_from_iterator((document.text for document in balance(train)), trainer)
-    if (size := tokenizer.get_vocab_size()) != vocab_size:
-        raise DataError(f"--vocab-size: the text yields only {size} entries, {vocab_size} were asked for")
-    return _write(Path(out), tokenizer.to_str() + "\n")
-
-
-def untrained() -> Tokenizer:
-    """A byte-level BPE with the family's word boundaries and nothing learned yet."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS]
-        + [pre_tokenizers.Digits(individual_digits=True)]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    with errors_name("training", "text cannot be learned"):
+        tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*family_words(), spelling])
     return tokenizer
 
 
-def balance(documents: Iterable[Document]) -> list[Document]:
-    """Whole documents of every language, up to the bytes of the language that has least.
-
-    Documents are taken in the order of a hash of their text, so that the order of the files does not matter.
-    """
-    by_language: dict[str, list[Document]] = defaultdict(list)
-    for document in sorted(documents, key=lambda document: keyed_hash(document.text, BALANCE_KEY)):
-        by_language[document.language].append(document)
-    if not by_language:
-        raise DataError("--source: no training documents, at least two are needed in one language and source")
-    limit = min(sum(document.num_bytes for document in group) for group in by_language.values())
-    return [document for group in by_language.values() for document in _up_to(group, limit)]
-
-
-def _up_to(documents: Iterable[Document], limit: int) -> Iterable[Document]:
-    taken = 0
-    for document in documents:
-        taken += document.num_bytes
-        if taken > limit:
-            return
-        yield document
-
-
-def _write(out: Path, content: str) -> Path:
-    """Write all of the file or none of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tokenizer-") as folder:
-        draft = Path(folder) / out.name
-        draft.write_text(content, encoding="utf-8")
-        os.replace(draft, out)
-    return out
+def _read(sources: Iterable[SourceSpec]) -> Iterable[Document]:
+    return chain.from_iterable(read_documents(source) for source in sources)

@@ -18,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config.errors import ConfigError
-from moe.config.schema import Config
+from moe.config.schema import Config, SourceConfig
 from moe.config.validate import validate
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-_FREE_KEYS = ("data.weights.", "telemetry.prompts.")
+_FREE_KEYS = ("data.sources.", "data.weights.", "telemetry.prompts.")
 _LAYOUT_KEYS = ("micro_batch_size", "log_interval", "eval_interval")
 
 
@@ -50,8 +50,24 @@ def from_hydra(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config)
+    config.data.sources = {name: _source(name, entry) for name, entry in config.data.sources.items()}
     validate(config)
     return config
+
+
+def _source(name: str, entry: object) -> SourceConfig:
+    """A source's entry with its types; OmegaConf refuses typed values in a mapping that the command line may add to."""
+    try:
+        typed = OmegaConf.merge(SourceConfig, {"path": entry} if isinstance(entry, str) else entry)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"data.sources.{name}: {explain(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.sources.{name} must be a path or a mapping, not {entry!r:.40}") from error
+    if OmegaConf.is_missing(typed, "path"):
+        raise ConfigError(f"data.sources.{name}.path is missing")
+    source = OmegaConf.to_object(typed)
+    assert isinstance(source, SourceConfig)
+    return source
 
 
 def _refuse_unknown_keys(composed: DictConfig) -> None:
@@ -76,9 +92,10 @@ def load_config(path: Path) -> Config:
     return from_hydra(composed)
 
 
-def recipe(config: Config, corpus_digest: str, world_size: int = 1) -> dict[str, Any]:
+def recipe(config: Config, data: dict[str, Any], world_size: int = 1) -> dict[str, Any]:
     """What defines a run's result: the network, the data and the recipe; not layout, backend or telemetry.
 
+    `data` is what defines the order of the text: the digest of the text and the fields of its `StreamSpec`.
     One layout does: balance losses that pool a micro-batch over the ranks depend on how many sequences that is.
     """
     model = config.model.build()
@@ -89,7 +106,7 @@ def recipe(config: Config, corpus_digest: str, world_size: int = 1) -> dict[str,
         train["pooled_sequences"] = config.train.micro_batch_size * world_size
     return {
         "model": dataclasses.asdict(model),
-        "data": {"corpus": corpus_digest, "seq_len": config.data.seq_len, "weights": config.data.weights},
+        "data": data,
         "optim": dataclasses.asdict(config.optim),
         "train": train,
     }

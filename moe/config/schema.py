@@ -4,6 +4,7 @@ work."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -11,23 +12,76 @@ from moe.config.model import ArchitectureConfig
 
 
 @dataclass
-class DataConfig:
-    """Where the training text comes from; see `data/`."""
+class SourceConfig:
+    """One collection of documents; `data/sources/spec.py` says what each field means."""
 
-    sources: list[str] = field(default_factory=list)
-    """JSONL files of {"text", "lang", "source"}, prepared on first use."""
+    path: str = MISSING
+    """File, folder, glob, http(s):// or s3:// address, or the name of a hub data set (format: hub)."""
+    language: str | None = None
+    """Tag such as en or zh; null: the rows say it in `language_field`."""
+    weight: float = 1.0
+    """Share of the training tokens, on any scale, unless `data.weights` says otherwise."""
+    format: str = "auto"
+    """auto, parquet, jsonl, text, arrow, hub, megatron or olmo."""
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    """Of a hub data set: config, split and the commit to read, which must be given."""
+    text_field: str = "text"
+    language_field: str = "lang"
+    sample_by: str = "line"
+    """Text files: line, paragraph or document."""
+    dtype: str = "uint16"
+    """Type of the ids in olmo files."""
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    """For fsspec, such as an endpoint; credentials come from the environment."""
+
+
+@dataclass
+class StageConfig:
+    start_step: int = MISSING
+    """First step that these weights hold for."""
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """Where the training text comes from and in which order; see `data/`."""
+
+    mode: str = "tokens"
+    """tokens: prepared shards, random access. text: tokenised while training, in virtual streams."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Text by name, each a SourceConfig or a path alone; with mode=tokens it is prepared on first use."""
     tokenizer: str | None = None
     """A tokenizer.json for `sources`; a prepared folder brings its own."""
     prepared: str | None = None
     """A folder that `python -m data.prepare` wrote; used as it is in place of `sources` and `tokenizer`."""
     cache_dir: str = "outputs/cache"
-    """Where prepared sources are kept between runs."""
+    """Where prepared sources, and the plans of streamed ones, are kept between runs."""
     seq_len: int = 2048
     """Tokens a sequence; T of the paper."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Share of the training tokens per language of the corpus; empty: equal shares."""
+    """Share of the training tokens by source; empty: the sources' own weights."""
+    stages: list[StageConfig] = field(default_factory=list)
+    """Other weights from a later step on."""
+    shuffle: str = "windowed"
+    """windowed: nearly sequential reads; full: rows permuted over the whole source. Mode tokens."""
+    packing: str = "chunk"
+    """chunk: documents end to end; best_fit: whole documents fitted into sequences, the rest padding (mode tokens)."""
+    intra_document_masking: bool = False
+    """Tokens attend to their own document only, positions restart, no label crosses. The paper's recipes do without."""
+    skip_ranges: list[list[int]] = field(default_factory=list)
+    """Ranges [first, end) of global sequence indices to leave out."""
+    accept_change: bool = False
+    """Resume although the data's specification has changed since the checkpoint."""
+    streams: int = 64
+    """Mode text: virtual streams; divides every global batch, and the data-parallel size divides it."""
+    validation_tokens: int = 1_048_576
+    """Mode text: held-out tokens of every source to validate on."""
+    workers: int = 1
+    """Threads (mode tokens) or processes (mode text) that prepare batches; 0: prepared when asked for."""
     prefetch: int = 2
-    """Steps of batches held ready by the loader's thread."""
+    """Steps of batches held ready."""
 
 
 @dataclass
@@ -78,6 +132,8 @@ class TrainConfig:
     steps: int = MISSING
     global_batch_size: int = MISSING
     """Sequences an optimizer step, over all ranks and micro-batches."""
+    batch_ramp: list[list[int]] = field(default_factory=list)
+    """Smaller global batches at the start: [[end, size], ...], `size` sequences for the steps before `end`."""
     micro_batch_size: int = MISSING
     """Sequences a forward pass on one rank; changes memory and speed, never the result's definition."""
     seed: int = 0

@@ -57,17 +57,42 @@ def _check_names(config: Config) -> None:
 def _check_data(data: DataConfig) -> None:
     require(data.seq_len >= 2, "data.seq_len", "at least 2", data.seq_len)
     require(data.prefetch >= 1, "data.prefetch", "at least 1", data.prefetch)
-    if data.prepared is None and not (data.sources and data.tokenizer):
-        raise ConfigError(
-            "data.prepared must name a folder that `python -m data.prepare` wrote, "
-            "or data.sources and data.tokenizer files"
-        )
+    choice("data.mode", data.mode, ("tokens", "text"))
+    if data.prepared is None or data.mode == "text":
+        if not data.sources:
+            raise ConfigError(
+                "data.prepared must name a folder that `python -m data.prepare` wrote, or data.sources files"
+            )
+        if not data.tokenizer:
+            raise ConfigError(
+                "data.tokenizer must name a tokenizer.json; `python -m data.tokenizer` trains or imports one"
+            )
     require(data.prefetch <= 1024, "data.prefetch", "at most 1024", data.prefetch)
-    for language, weight in data.weights.items():
-        require(weight >= 0, f"data.weights.{language}", "at least 0", weight)
-    require(
-        not data.weights or any(data.weights.values()), "data.weights", "above 0 for a language", dict(data.weights)
-    )
+    require(0 <= data.workers <= 256, "data.workers", "between 0 and 256", data.workers)
+    require(1 <= data.streams <= 65536, "data.streams", "between 1 and 65536", data.streams)
+    require(data.validation_tokens >= 0, "data.validation_tokens", "at least 0", data.validation_tokens)
+    choice("data.shuffle", data.shuffle, ("windowed", "full"))
+    choice("data.packing", data.packing, ("chunk", "best_fit"))
+    if data.mode == "text" and data.packing != "chunk":
+        raise ConfigError("data.packing=best_fit needs all documents' lengths beforehand: use data.mode=tokens")
+    for name, source in data.sources.items():
+        require(0 <= source.weight < math.inf, f"data.sources.{name}.weight", "at least 0 and finite", source.weight)
+    weights = {"data.weights": data.weights}
+    weights |= {f"data.stages[{number}].weights": stage.weights for number, stage in enumerate(data.stages)}
+    for where, shares in weights.items():
+        for name, weight in shares.items():
+            require(0 <= weight < math.inf, f"{where}.{name}", "at least 0 and finite", weight)
+        require(not shares or any(shares.values()), where, "above 0 for a source", dict(shares))
+    steps = [0, *(stage.start_step for stage in data.stages)]
+    require(_rising(steps), "data.stages", "rising in start_step, from 1 on", steps[1:])
+    for pair in data.skip_ranges:
+        require(len(pair) == 2, "data.skip_ranges", "pairs [first, end)", pair)
+    bounds = [bound for pair in data.skip_ranges for bound in pair]
+    require(_rising([-1, *bounds]), "data.skip_ranges", "rising ranges [first, end) that do not touch", bounds)
+
+
+def _rising(values: list[int]) -> bool:
+    return all(before < after for before, after in zip(values, values[1:], strict=False))
 
 
 def _check_optim(optim: OptimConfig, steps: int) -> None:
@@ -105,6 +130,13 @@ def _check_train(train: TrainConfig) -> None:
         f"a divisor of train.global_batch_size={train.global_batch_size}",
         train.micro_batch_size,
     )
+    for pair in train.batch_ramp:
+        require(len(pair) == 2, "train.batch_ramp", "pairs [end, size]", pair)
+        fits = pair[1] >= 1 and pair[1] % train.micro_batch_size == 0
+        require(
+            fits, "train.batch_ramp", f"of sizes that train.micro_batch_size={train.micro_batch_size} divides", pair
+        )
+    require(_rising([0, *(end for end, _ in train.batch_ramp)]), "train.batch_ramp", "rising", train.batch_ramp)
     guard = train.guard
     require(guard.spike_threshold >= 0, "train.guard.spike_threshold", "at least 0", guard.spike_threshold)
     require(8 <= guard.window <= 65536, "train.guard.window", "between 8 and 65536", guard.window)

@@ -1,6 +1,6 @@
 """The network, written for one device."""
 
-from moe.model.attention import KVCache
+from moe.model.attention import Documents, KVCache
 from moe.model.balance import RoutingStats, Tokens
 from moe.model.experts import MoE
 from moe.model.head import IGNORE_INDEX, LossSums
@@ -10,6 +10,7 @@ from moe.model.transformer import Block, ModelOutput, Transformer
 __all__ = [
     "IGNORE_INDEX",
     "Block",
+    "Documents",
     "KVCache",
     "LossSums",
     "MoE",

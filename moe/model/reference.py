@@ -14,12 +14,19 @@ from torch import Tensor
 from moe.config.model import ModelConfig
 
 
-def reference_logits(state: dict[str, Tensor], config: ModelConfig, input_ids: Tensor) -> Tensor:
-    """(B, T) ids -> (B, T, V) logits from a `Transformer` state dict. For learned routing without selection bias."""
+def reference_logits(
+    state: dict[str, Tensor], config: ModelConfig, input_ids: Tensor, document_starts: Tensor | None = None
+) -> Tensor:
+    """(B, T) ids -> (B, T, V) logits from a `Transformer` state dict. For learned routing without selection bias.
+
+    `document_starts` (B, T) is True at tokens that open a document, which see nothing before them and have position 0
+    (default: each row is one document).
+    """
+    starts = torch.zeros_like(input_ids) if document_starts is None else document_starts
     x = state["embed_tokens.weight"][input_ids]
     for layer in range(config.num_hidden_layers):
         part = {k.removeprefix(f"layers.{layer}."): v for k, v in state.items() if k.startswith(f"layers.{layer}.")}
-        x = x + _attention(part, config, _norm(x, part["input_layernorm.weight"], config.rms_norm_eps))
+        x = x + _attention(part, config, _norm(x, part["input_layernorm.weight"], config.rms_norm_eps), starts)
         u = _norm(x, part["post_attention_layernorm.weight"], config.rms_norm_eps)
         if config.is_moe_layer(layer):
             x = x + torch.stack([torch.stack([_mixture(part, config, token) for token in sequence]) for sequence in u])
@@ -61,7 +68,7 @@ def _rotate(x: Tensor, position: int, theta: float) -> Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
 
 
-def _attention(part: dict[str, Tensor], config: ModelConfig, x: Tensor) -> Tensor:
+def _attention(part: dict[str, Tensor], config: ModelConfig, x: Tensor, starts: Tensor) -> Tensor:
     heads, groups = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
     q, k, v = (
         (x @ part[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, config.head_dim)) for name in ("q", "k", "v")
@@ -69,9 +76,12 @@ def _attention(part: dict[str, Tensor], config: ModelConfig, x: Tensor) -> Tenso
     out = torch.zeros_like(q)
     for b in range(x.shape[0]):
         for h in range(heads):
-            keys = torch.stack([_rotate(k[b, s, h // groups], s, config.rope_theta) for s in range(x.shape[1])])
+            first, keys = 0, list[Tensor]()
             for t in range(x.shape[1]):
-                query = _rotate(q[b, t, h], t, config.rope_theta)
-                attention = torch.softmax(keys[: t + 1] @ query / math.sqrt(config.head_dim), dim=0)
-                out[b, t, h] = attention @ v[b, : t + 1, h // groups]
+                if starts[b, t]:
+                    first, keys = t, []
+                keys.append(_rotate(k[b, t, h // groups], t - first, config.rope_theta))
+                query = _rotate(q[b, t, h], t - first, config.rope_theta)
+                attention = torch.softmax(torch.stack(keys) @ query / math.sqrt(config.head_dim), dim=0)
+                out[b, t, h] = attention @ v[b, first : t + 1, h // groups]
     return out.flatten(-2) @ part["self_attn.o_proj.weight"].T

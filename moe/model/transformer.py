@@ -16,7 +16,15 @@ from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from moe.config.model import ModelConfig
-from moe.model.attention import ATTENTION_BACKENDS, Attention, KVCache, rotary_angles
+from moe.model.attention import (
+    ATTENTION_BACKENDS,
+    Attention,
+    Documents,
+    KVCache,
+    Mask,
+    document_mask,
+    rotary_angles,
+)
 from moe.model.balance import RoutingStats, Tokens
 from moe.model.experts import MoE
 from moe.model.head import LMHead, LossSums
@@ -49,26 +57,42 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tokens, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        tokens: Tokens,
+        cache: KVCache | None = None,
+        mask: Mask = None,
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, T, H) -> (B, T, H) and, for a MoE layer, its statistics."""
         if not (self.recompute and torch.is_grad_enabled()):
-            return self._forward(x, cos, sin, tokens, cache)
-        return checkpoint(self._forward, x, cos, sin, tokens, None, KeptChoice(), use_reentrant=False)
+            return self._forward(x, cos, sin, tokens, cache, mask)
+        return checkpoint(self._forward, x, cos, sin, tokens, None, mask, KeptChoice(), use_reentrant=False)
 
     def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, tokens: Tokens, cache: KVCache | None, kept: KeptChoice | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        tokens: Tokens,
+        cache: KVCache | None,
+        mask: Mask,
+        kept: KeptChoice | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
         with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
-            x, normed = self.attend(x, cos, sin, cache)
+            x, normed = self.attend(x, cos, sin, cache, mask)
         if isinstance(self.mlp, MoE):
             y, stats = self.mlp(normed, tokens, kept)
             return x + y, stats
         return x + self.mlp(normed), None
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and its norm: all shapes static, so one compiled region."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Mask = None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm: one compiled region, as all shapes are static but for the
+        number of documents, on which nothing else depends."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x, self.post_attention_layernorm(x)
 
 
@@ -105,13 +129,17 @@ class Transformer(nn.Module):
         valid: Tensor | None = None,
         hidden: Tensor | None = None,
         caches: list[KVCache] | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """(B, T) ids -> ModelOutput. A later pipeline stage is given the former's `hidden`; generation gives `caches`,
         one a block.
 
         `languages` and `label_languages` (B, T) index the language of inputs and labels (default: all 0); `valid` is
-        False at padding.
+        False at padding. With `documents` positions restart in each of them and attention stays within; they and
+        `caches` exclude each other (ValueError).
         """
+        if caches and documents is not None:
+            raise ValueError("a cache continues rows as one document each: give caches or documents")
         tokens = Tokens(
             input_ids,
             torch.zeros_like(input_ids) if languages is None else languages,
@@ -119,14 +147,17 @@ class Transformer(nn.Module):
         )
         x = hidden if self.embed_tokens is None else self.embed_tokens(input_ids)
         assert x is not None
-        start = caches[0].length if caches else 0
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+        if documents is None:
+            start = caches[0].length if caches else 0
+            positions, mask = torch.arange(start, start + input_ids.shape[1], device=input_ids.device), None
+        else:
+            positions, mask = documents.position_ids, document_mask(documents, self.config.head_dim, x.dtype)
         cos, sin = rotary_angles(
             positions, self.config.head_dim, self.config.rope_theta, torch.promote_types(x.dtype, torch.float32)
         )
         routing = []
         for index, block in enumerate(self.layers.values()):
-            x, stats = block(x, cos, sin, tokens, caches[index] if caches else None)
+            x, stats = block(x, cos, sin, tokens, caches[index] if caches else None, mask)
             if stats is not None:
                 routing.append(stats)
         if self.norm is None or self.lm_head is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from moe.telemetry.jsonl import read_metrics
 from moe.telemetry.redact import redact

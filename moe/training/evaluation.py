@@ -9,35 +9,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import IGNORE_INDEX, Tokenizer, TokenStream, validation_batches
+from data import IGNORE_INDEX, Stream, Tokenizer, validation_batches
 from moe.model import Transformer
 from moe.parallel import World
+from moe.training.forward import forward
 
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, stream: TokenStream, batch_size: int, world: World, should_stop: Callable[[], bool]
+    model: Transformer, stream: Stream, batch_size: int, world: World, should_stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
     """The `validation` object of a metrics row; None when `should_stop` interrupted it.
 
     Bits per byte: cross-entropy of all held-out tokens in bits over the UTF-8 bytes they stand for, so that tokenizers
     compare. Balance statistics of held-out text are thrown away: they take part in no update.
     """
-    byte_lengths = torch.from_numpy(Tokenizer.load(stream.corpus.tokenizer_path).byte_lengths()).to(world.device)
-    languages = stream.corpus.languages
+    byte_lengths = torch.from_numpy(Tokenizer.load(stream.text.tokenizer_path).byte_lengths()).to(world.device)
+    languages = stream.text.languages
     sums = torch.zeros(len(languages), 3, dtype=torch.float64, device=world.device)  # nats, labels, bytes
-    for index, language in enumerate(languages):
-        for batch in validation_batches(stream, language, batch_size, world.rank, world.size):
+    for source in stream.text.sources:
+        index = languages.index(stream.text.language_of[source])
+        for batch in validation_batches(stream, source, batch_size, world.rank, world.size):
             if should_stop():
                 return None
             batch = batch.to(world.device, non_blocking=True)
-            output = model(
-                batch.input_ids,
-                labels=batch.labels,
-                label_languages=batch.label_languages,
-                languages=batch.languages,
-                valid=batch.valid,
-            )
+            output = forward(model, batch)
+            assert output.loss is not None
             scored = batch.labels != IGNORE_INDEX
             num_bytes = (byte_lengths[batch.labels.clamp(min=0)] * scored).sum()
             nats, labels = (value.sum() for value in output.loss)

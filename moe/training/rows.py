@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from data import BatchSizes
 from moe.model import Transformer
 from moe.parallel import World
 from moe.telemetry import expert_statistics
@@ -39,10 +40,10 @@ class Stopwatch:
 class RowWriter:
     """Builds one row a log step; keeps the clock that speeds are measured by."""
 
-    def __init__(self, trainer: Trainer, world: World, languages: tuple[str, ...]) -> None:
+    def __init__(self, trainer: Trainer, world: World, languages: tuple[str, ...], batch_sizes: BatchSizes) -> None:
         self.trainer, self.world, self.languages = trainer, world, languages
         config = trainer.config
-        self.tokens_per_step = config.train.global_batch_size * config.data.seq_len
+        self.batch_sizes, self.seq_len = batch_sizes, config.data.seq_len
         self.flops_per_token = trainer.model.config.flops_per_token(config.data.seq_len)
         self.peak = config.telemetry.peak_tflops or peak_tflops(world.device, config.train.compute_dtype)
         self.stopwatch = Stopwatch()
@@ -53,15 +54,19 @@ class RowWriter:
         self.stopwatch.total = seconds
         self._last = (step, seconds)
 
+    def tokens(self, step: int) -> int:
+        """Tokens of all steps before `step`."""
+        return self.batch_sizes.first_sequence(step) * self.seq_len
+
     def build(self, step: int) -> dict[str, Any]:
         """The row of `step` finished steps. Waits for the device; raises NumericalAbort when skips pile up."""
         sums, (accepted, skipped, norms, consecutive) = self.trainer.metrics.fetch(self.trainer.guard.consecutive_skips)
-        row: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step}
+        row: dict[str, Any] = {"step": step, "tokens": self.tokens(step)}
         row |= self._losses(sums[0], sums[1])
         row |= {"lr": self.trainer.optimizer.param_groups[0]["lr"], "grad_norm": norms / accepted if accepted else None}
         row |= self._balance(sums, accepted) | {"skipped_steps": int(skipped)} | self._speed(step)
         if self.trainer.mixtures and accepted:
-            row["experts"] = self._experts(sums[3], sums[4], accepted)
+            row["experts"] = self._experts(sums[3], sums[4])
         self.trainer.guard.raise_if_stuck(int(consecutive), step)
         return row
 
@@ -81,14 +86,18 @@ class RowWriter:
             return {}
         names = ("expert_balance_loss", "device_balance_loss", "router_z_loss")
         factors = (model.config.aux_loss_alpha, model.config.device_aux_loss_alpha, model.config.router_z_loss_alpha)
-        means = (sums[2] / (accepted * self.tokens_per_step * len(self.trainer.mixtures))).tolist()
+        means = (sums[2] / (self._routed_tokens(sums[4]) * len(self.trainer.mixtures))).tolist()
         return {name: mean for name, mean, factor in zip(names, means, factors, strict=True) if factor > 0}
+
+    def _routed_tokens(self, counts: Any) -> float:
+        """Tokens of the accepted steps, padding left out: every one counts once for each of its experts."""
+        return counts[0].sum().item() / self.trainer.model.config.num_experts_per_tok
 
     def _speed(self, step: int) -> dict[str, Any]:
         seconds = self.stopwatch.read()
         last_step, last_seconds = self._last
         self._last = (step, seconds)
-        rate = (step - last_step) * self.tokens_per_step / max(seconds - last_seconds, 1e-9)
+        rate = (self.tokens(step) - self.tokens(last_step)) / max(seconds - last_seconds, 1e-9)
         tflops = rate * self.flops_per_token / 1e12
         return {
             "tokens_per_second": rate,
@@ -98,6 +107,6 @@ class RowWriter:
             "elapsed_seconds": seconds,
         }
 
-    def _experts(self, entropies: Any, counts: Any, accepted: float) -> list[dict[str, Any]]:
-        entropy = (entropies / (accepted * self.tokens_per_step)).numpy()
+    def _experts(self, entropies: Any, counts: Any) -> list[dict[str, Any]]:
+        entropy = (entropies / self._routed_tokens(counts)).numpy()
         return expert_statistics(counts.numpy(), entropy, self.trainer.model.config.moe_layers, self.languages)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 
-from data import TokenCorpus
+from data import Text
 from moe.config import Config, ModelConfig
 from moe.parallel import World
 from moe.telemetry import ConsoleLogger, MetricsFile, WandbLogger, WandbMode, redact
@@ -30,14 +30,14 @@ class RunLog:
         self.active = world.is_main
         self.console = ConsoleLogger(config.train.steps, self.active and sys.stdout.isatty())
 
-    def open(self, step: int, validated_step: int, corpus: TokenCorpus, model: ModelConfig) -> None:
+    def open(self, step: int, validated_step: int, text: Text, model: ModelConfig) -> None:
         """Write what identifies the run, drop metrics that the checkpoint does not know, start wandb."""
         if not self.active:
             return
         config = redact(dataclasses.asdict(dataclasses.replace(self.config, run=self.folder.name)))
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
-        shutil.copyfile(corpus.tokenizer_path, self.folder / "tokenizer.json")  # what `moe.generate` reads
+        content = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (self.folder / "config.yaml").write_text(content, encoding="utf-8")
+        shutil.copyfile(text.tokenizer_path, self.folder / "tokenizer.json")  # what `moe.generate` reads
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         self.metrics.truncate_after(step, validated_step)
         name, run = self.config.name, self.folder.name
@@ -88,22 +88,22 @@ class RunLog:
         }
 
     def report(
-        self, samples: list[dict[str, Any]], corpus: TokenCorpus, model: ModelConfig, steps: int, seconds: float
+        self, samples: list[dict[str, Any]], text: Text, model: ModelConfig, steps: int, tokens: int, seconds: float
     ) -> None:
         """summary.json, samples.json and report.html."""
         if not self.active:
             return
         _write_json(self.folder / "samples.json", samples)
-        _write_json(self.folder / "summary.json", self._summary(corpus, model, steps, seconds))
+        _write_json(self.folder / "summary.json", self._summary(text, model, steps, tokens, seconds))
         from moe.telemetry.report import write_report  # plotly loads slowly
 
         self.message(f"report: {write_report(self.folder)}")
 
-    def _summary(self, corpus: TokenCorpus, model: ModelConfig, steps: int, seconds: float) -> dict[str, Any]:
+    def _summary(self, text: Text, model: ModelConfig, steps: int, tokens: int, seconds: float) -> dict[str, Any]:
         config = self.config
         baselines = {
-            language: {**vars(baseline), "validation_bytes": corpus.split("validation").source(language).text_bytes}
-            for language, baseline in corpus.manifest.validation.items()
+            language: {**vars(baseline), "validation_bytes": text.validation_bytes(language)}
+            for language, baseline in text.baselines.items()
         }
         return {
             "name": config.name,
@@ -116,8 +116,8 @@ class RunLog:
             "training_seconds": seconds,
             "peak_memory_gib": peak_memory_gib(self.world.device),
             "steps": steps,
-            "tokens": steps * config.train.global_batch_size * config.data.seq_len,
-            "languages": list(corpus.languages),
+            "tokens": tokens,
+            "languages": list(text.languages),
             "baselines": baselines,
             "environment": self.environment(),
         }

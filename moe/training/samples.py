@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data import TokenCorpus, Tokenizer
+from data import Text, Tokenizer
 from moe.config.schema import Config
 from moe.model import Transformer
 from moe.model.sampling import continuation
@@ -18,16 +18,16 @@ _LEXICON_TOKENS = 4_000_000
 _MIN_OCCURRENCES = 2
 
 
-def complete_prompts(model: Transformer, corpus: TokenCorpus, config: Config) -> list[dict[str, Any]]:
+def complete_prompts(model: Transformer, text: Text, config: Config) -> list[dict[str, Any]]:
     """The rows of samples.json: for every configured prompt of a language that the corpus has, a completion and its
     words."""
-    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    tokenizer = Tokenizer.load(text.tokenizer_path)
     rows = []
     model.eval()
     for language, prompts in config.telemetry.prompts.items():
-        if language not in corpus.languages:
+        if language not in text.languages:
             continue
-        known = lexicon(training_text(corpus, tokenizer, language))
+        known = lexicon(tokenizer.decode(text.sample(language, _LEXICON_TOKENS).tolist()))
         for prompt in prompts:
             with torch.compiler.set_stance("force_eager"):  # every token has a new length
                 completion = complete(model, tokenizer, prompt, config)
@@ -60,12 +60,6 @@ def complete(model: Transformer, tokenizer: Tokenizer, prompt: str, config: Conf
         compute_dtype=getattr(torch, config.train.compute_dtype),
     )
     return tokenizer.decode(list(new))
-
-
-def training_text(corpus: TokenCorpus, tokenizer: Tokenizer, language: str) -> str:
-    """The training text of a language, up to the first four million tokens."""
-    source = corpus.split("train").source(language)
-    return tokenizer.decode(source.tokens(0, min(source.num_tokens, _LEXICON_TOKENS)).tolist())
 
 
 def lexicon(text: str) -> set[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from data import TokenCorpus, TokenStream, TrainLoader
-from data.prepare import prepare_cached
+from data import BatchSizes, Text
+from data.pipeline import Loader, open_loader, open_stream, open_text, stream_spec, whole_state
 from moe.checkpoint import CheckpointError, CheckpointManager
 from moe.config import Config, ConfigError, difference, recipe, run_id
 from moe.kernels.experts import resolve_backend
@@ -32,17 +32,22 @@ class Session:
 
     def __init__(self, config: Config, world: World, stop: StopSignal, command: Sequence[str]) -> None:
         self.config, self.world, self.stop = config, world, stop
+        self._data = dataclasses.asdict(config.data)
         torch.manual_seed(config.train.seed)
-        self.corpus = self._open_corpus()
-        self.recipe = recipe(config, self.corpus.digest, world.size)
+        self.text = self._open_text()
+        self.batch_sizes = BatchSizes(
+            config.train.global_batch_size, [(end, size) for end, size in config.train.batch_ramp]
+        )
+        spec = stream_spec(self._data, self.text, self.batch_sizes, config.train.seed)
+        self.recipe = recipe(config, {"text": self.text.digest, **spec.to_json()}, world.size)
         run = config.run or run_id(self.recipe)
         self.folder = Path(config.output_dir) / config.name / run
-        self.stream = TokenStream(self.corpus, config.data.seq_len, self._weights(), config.train.seed)
+        self.stream = open_stream(self.text, spec)
         self.loader = self._build_loader()
         self.model, backend = self._build_model()
         self.log = RunLog(config, self.folder, world, backend, command)
-        self.trainer = Trainer(self.model, config, world, len(self.corpus.languages), stop)
-        self.rows = RowWriter(self.trainer, world, self.corpus.languages)
+        self.trainer = Trainer(self.model, config, world, len(self.text.languages), stop)
+        self.rows = RowWriter(self.trainer, world, self.text.languages, self.batch_sizes)
         self.checkpoints = CheckpointManager(
             self.folder / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -54,39 +59,30 @@ class Session:
         self.saved = (-1, -1)
         """Step and validated step of the newest checkpoint."""
 
-    def _open_corpus(self) -> TokenCorpus:
-        data = self.config.data
-        if data.prepared is not None:
-            folder = Path(data.prepared)
-        else:
-            assert data.tokenizer is not None
-            folder = prepare_cached(data.sources, data.tokenizer, data.cache_dir)
-        corpus = TokenCorpus.open(folder)
-        vocab_size = self.config.model.vocab_size
-        if corpus.vocab_size > vocab_size:
-            raise ConfigError(
-                f"model.vocab_size must be at least the tokenizer's {corpus.vocab_size}, not {vocab_size}"
-            )
-        return corpus
+    def _open_text(self) -> Text:
+        text, vocab_size = open_text(self._data), self.config.model.vocab_size
+        if text.vocab_size > vocab_size:
+            raise ConfigError(f"model.vocab_size must be at least the tokenizer's {text.vocab_size}, not {vocab_size}")
+        return text
 
-    def _weights(self) -> dict[str, float]:
-        return dict(self.config.data.weights) or dict.fromkeys(self.corpus.languages, 1.0)
-
-    def _build_loader(self) -> TrainLoader:
+    def _build_loader(self) -> Loader:
         train, world = self.config.train, self.world
-        if train.global_batch_size % (train.micro_batch_size * world.size):
-            raise ConfigError(
-                f"train.global_batch_size must be a multiple of train.micro_batch_size={train.micro_batch_size} "
-                f"times the {world.size} data-parallel ranks, not {train.global_batch_size}"
-            )
-        return TrainLoader(
+        for size in self.batch_sizes.sizes:
+            if size % (train.micro_batch_size * world.size):
+                raise ConfigError(
+                    f"train.global_batch_size must be a multiple of train.micro_batch_size={train.micro_batch_size} "
+                    f"times the {world.size} data-parallel ranks, not {size}"
+                )
+        return open_loader(
             self.stream,
-            train.global_batch_size,
+            self.batch_sizes,
             train.micro_batch_size,
-            world.rank,
-            world.size,
-            self.config.data.prefetch,
+            dp_rank=world.rank,
+            dp_size=world.size,
+            workers=self.config.data.workers,
+            prefetch=self.config.data.prefetch,
             pin_memory=world.device.type == "cuda",
+            report=lambda line: self.log.message(line),
         )
 
     def _build_model(self) -> tuple[Transformer, str]:
@@ -100,7 +96,7 @@ class Session:
         with device:
             model = Transformer(
                 config,
-                num_languages=len(self.corpus.languages),
+                num_languages=len(self.text.languages),
                 expert_backend=backend,
                 loss_chunk_size=runtime.loss_chunk_size,
             )
@@ -115,7 +111,7 @@ class Session:
 
     def _execute(self) -> bool:
         self._resume()
-        self.log.open(self.step, self.validated_step, self.corpus, self.model.config)
+        self.log.open(self.step, self.validated_step, self.text, self.model.config)
         try:
             finished = self._train()
             self._save()
@@ -196,7 +192,7 @@ class Session:
         state = {
             "recipe": self.recipe,
             "config": redact(dataclasses.asdict(self.config)),
-            "data": self.loader.state_dict(),
+            "data": whole_state(self.loader, self.world.gather),
             "validated_step": self.validated_step,
             "elapsed_seconds": self.rows.stopwatch.read(),
             "layout": self.log.environment(),
@@ -218,14 +214,17 @@ class Session:
         if state is None:
             return
         changes = difference(state["recipe"], self.recipe)
-        if changes:
+        accepted = [change for change in changes if self.config.data.accept_change and change.startswith("data.")]
+        for change in accepted:
+            self.log.message(f"resuming although {change}")
+        if changes := [change for change in changes if change not in accepted]:
             raise ConfigError(
                 f"run: {self.folder} holds another recipe ({'; '.join(changes[:3])}); choose another run name"
             )
         torch.set_rng_state(tensors["rng"]["cpu"])
         if "cuda" in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.world.device)
-        self.loader.load_state_dict(state["data"])
+        self.loader.load_state_dict(state["data"], self.config.data.accept_change)
         self.step = self.first_step = state["step"]
         self.validated_step = state["validated_step"]
         self.saved = (self.step, self.validated_step)
@@ -234,5 +233,6 @@ class Session:
 
     def _report(self) -> None:
         """Every rank takes part in writing the sample completions."""
-        samples = complete_prompts(self.model, self.corpus, self.config)
-        self.log.report(samples, self.corpus, self.model.config, self.step, self.rows.stopwatch.read())
+        samples = complete_prompts(self.model, self.text, self.config)
+        tokens, seconds = self.rows.tokens(self.step), self.rows.stopwatch.read()
+        self.log.report(samples, self.text, self.model.config, self.step, tokens, seconds)

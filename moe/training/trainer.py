@@ -14,6 +14,7 @@ from moe.config.schema import Config
 from moe.model import RoutingStats, Transformer
 from moe.parallel import World, mark_last_micro_batch
 from moe.telemetry.accumulator import MetricAccumulator, StepSums
+from moe.training.forward import forward
 from moe.training.guard import StepGuard
 from moe.training.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate, optimizer_tensors
 from moe.training.signals import StopSignal
@@ -61,13 +62,7 @@ class Trainer:
     def _forward_backward(self, batch: Batch, num_labels: Tensor, num_tokens: Tensor) -> None:
         """Add one micro-batch's gradients: its cross-entropy over all labels of the step, its balance losses over all
         tokens."""
-        output = self.model(
-            batch.input_ids,
-            labels=batch.labels,
-            label_languages=batch.label_languages,
-            languages=batch.languages,
-            valid=batch.valid,
-        )
+        output = forward(self.model, batch)
         assert output.loss is not None
         loss = output.loss.cross_entropy.sum() / num_labels
         if output.routing:

@@ -43,7 +43,22 @@ BAD = [
     ("model.routing=hash", "model.aux_loss_alpha must be 0 with model.routing=hash"),
     ("model.dense_multiple=0", "model.dense_multiple must be null or at least 1"),
     ("data.seq_len=1025", "data.seq_len must be at most model.max_position_embeddings=1024"),
-    ("data.weights.en=-1", "data.weights.en must be at least 0"),
+    ("+data.weights.en=-1", "data.weights.en must be at least 0"),
+    ("data.sources.en.weight=-1", "data.sources.en.weight must be at least 0"),
+    ("data.sources.en.weight=many", "data.sources.en: weight"),
+    ("+data.sources.de.weight=1", "data.sources.de.path is missing"),
+    ("+data.sources.de=3", "data.sources.de must be a path or a mapping"),
+    ("data.mode=stream", "data.mode must be one of text, tokens"),
+    ("data.packing=first_fit", "data.packing must be one of best_fit, chunk"),
+    ("data.shuffle=none", "data.shuffle must be one of full, windowed"),
+    ("data.skip_ranges=[[3,3]]", "data.skip_ranges must be rising"),
+    ("data.skip_ranges=[[3]]", "data.skip_ranges must be pairs"),
+    ("data.workers=-1", "data.workers must be between 0 and 256"),
+    ("data.streams=0", "data.streams must be between 1 and 65536"),
+    ("data.tokenizer=null", "data.tokenizer must name a tokenizer.json"),
+    ("data.stages=[{start_step: 0, weights: {en: 1}}]", "data.stages must be rising in start_step, from 1 on"),
+    ("train.batch_ramp=[[5,3]]", "train.batch_ramp must be of sizes that train.micro_batch_size=4 divides"),
+    ("train.batch_ramp=[[5,4],[5,4]]", "train.batch_ramp must be rising"),
     ("data=prepared", "data.prepared must name a folder"),
     ("runtime.device=tpu", "runtime.device must be one of auto, cpu, cuda"),
     ("runtime.expert_backend=fast", "runtime.expert_backend must be one of"),
@@ -80,6 +95,11 @@ def test_train_py_ends_with_one_line_and_78(arguments: list[str], expected: str,
     assert expected in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_text_mode_cannot_fit_documents_it_has_not_seen() -> None:
+    with pytest.raises(ConfigError, match="data.packing=best_fit needs all documents' lengths beforehand"):
+        composed("data.mode=text", "data.packing=best_fit")
 
 
 def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:

@@ -16,9 +16,13 @@ NO_USE = {REPOSITORY / "moe" / "config" / name for name in ("schema.py", "valida
 
 
 def names_read(path: Path) -> set[str]:
-    """Every attribute that a file reads."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    """Every attribute that a file reads, and every key it takes from a mapping."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if hasattr(node, "ctx")]
+    loads = [node for node in nodes if isinstance(node.ctx, ast.Load)]
+    keys = {
+        node.slice.value for node in loads if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+    }
+    return keys | {node.attr for node in loads if isinstance(node, ast.Attribute)}
 
 
 @pytest.fixture(scope="module")

@@ -1,78 +1,157 @@
 from __future__ import annotations
 
-from collections import Counter
+import random
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, Mixture
-from data.order import permute
+from data import DataError
+from data.order import Mixture, Stage, permute, permute_in_windows, skip, unpermute
+
+keys = st.integers(0, 2**64 - 1)
+
+
+def single(weights: dict[str, object]) -> Mixture:
+    return Mixture([Stage.of(0, weights)])  # type: ignore[arg-type]
 
 
 @settings(max_examples=60)
-@given(n=st.integers(1, 700), key=st.integers(0, 2**64 - 1))
-def test_permute_is_a_bijection(n: int, key: int) -> None:
-    assert sorted(permute(index, n, key) for index in range(n)) == list(range(n))
+@given(n=st.integers(1, 700), key=keys)
+def test_permute_is_a_bijection_with_an_inverse(n: int, key: int) -> None:
+    places = permute(np.arange(n), n, key)
+    assert sorted(places.tolist()) == list(range(n))
+    assert unpermute(places, n, key).tolist() == list(range(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 9000), key=keys)
+def test_windows_cover_every_row_once(n: int, key: int) -> None:
+    assert sorted(permute_in_windows(np.arange(n), n, key).tolist()) == list(range(n))
+
+
+def test_a_window_reads_whole_blocks() -> None:
+    n, window = 100_003, 64 * 32
+    rows = permute_in_windows(np.arange(window), n, 7)
+    blocks = np.unique(rows // 64)
+    assert len(blocks) <= 33
+    assert np.ptp(blocks) > 32  # from all over the source
+    assert sum(abs(a - b) == 1 for a, b in zip(rows, rows[1:], strict=False)) < 30
+
+
+def test_elements_have_their_own_domain_and_key() -> None:
+    sizes, own_keys = np.array([10, 700, 33]), np.array([1, 2, 3], dtype=np.uint64)
+    for shuffle in (permute, permute_in_windows):
+        together = shuffle(np.array([3, 600, 32]), sizes, own_keys)
+        alone = [int(shuffle(i, n, k)[0]) for i, n, k in zip([3, 600, 32], sizes, own_keys, strict=True)]
+        assert together.tolist() == alone
 
 
 def test_permute_shuffles_well() -> None:
     n = 1000
-    orders = [[permute(index, n, key) for index in range(n)] for key in range(20)]
-    assert len({tuple(order) for order in orders}) == 20
+    orders = [permute(np.arange(n), n, key) for key in range(20)]
+    assert len({tuple(order.tolist()) for order in orders}) == 20
     for order in orders:
-        assert sum(index == place for index, place in enumerate(order)) < 10
-        assert sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False)) < 15
-        mean_shift = sum(abs(index - place) for index, place in enumerate(order)) / n
-        assert 0.28 * n < mean_shift < 0.39 * n
+        assert (order == np.arange(n)).sum() < 10
+        assert (np.abs(np.diff(order)) == 1).sum() < 15
+        assert 0.28 * n < np.abs(order - np.arange(n)).mean() < 0.39 * n
 
 
 def test_permute_on_huge_and_impossible_domains() -> None:
     n = 1_400_000_000_000
-    places = {permute(index, n, 5) for index in range(n - 500, n)}
-    assert len(places) == 500
-    assert all(0 <= place < n for place in places)
-    for index in (-1, 3):
-        with pytest.raises(IndexError):
-            permute(index, 3, 0)
+    for shuffle in (permute, permute_in_windows):
+        places = shuffle(np.arange(n - 500, n), n, 5)
+        assert len(np.unique(places)) == 500
+        assert np.all((places >= 0) & (places < n))
+        for index in (-1, 3):
+            with pytest.raises(IndexError):
+                shuffle(index, 3, 0)
+    with pytest.raises(IndexError, match="more than"):
+        permute(0, 1 << 54, 0)
 
 
 def test_the_order_is_frozen() -> None:
     """A change of this order would silently change the data of every checkpoint: bump STREAM_VERSION with it."""
-    assert [permute(index, 10, 42) for index in range(10)] == [3, 7, 6, 0, 8, 4, 5, 1, 9, 2]
-    dealt = [Mixture({"en": "0.7", "zh": "0.3"}).locate(index)[0] for index in range(10)]
-    assert "".join(name[0] for name in dealt) == "ezeeezeeze"
+    assert permute(np.arange(10), 10, 42).tolist() == [3, 7, 6, 0, 8, 4, 5, 1, 9, 2]
+    assert permute_in_windows(np.arange(4000, 4010), 5000, 42).tolist() == [
+        4906,
+        4582,
+        829,
+        1145,
+        4572,
+        2421,
+        923,
+        2973,
+        4002,
+        4373,
+    ]
+    assert single({"en": "0.7", "zh": "0.3"}).locate(np.arange(10))[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
+
+
+def assert_exact(stages: list[Stage], length: int) -> None:
+    """Every source stays within one sequence of the sum of its weights so far, and k counts its sequences."""
+    mixture = Mixture(stages)
+    sources, drawn = mixture.locate(np.arange(length))
+    ideal = dict.fromkeys(mixture.sources, Fraction(0))
+    count = dict.fromkeys(mixture.sources, 0)
+    for index in range(length):
+        weights = max((stage for stage in stages if stage.start <= index), key=lambda stage: stage.start).weights
+        name = mixture.sources[sources[index]]
+        assert drawn[index] == count[name]
+        count[name] += 1
+        for source in mixture.sources:
+            ideal[source] += weights.get(source, Fraction(0))
+            assert abs(ideal[source] - count[source]) < 1
 
 
 weight_lists = st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40, deadline=None)
 @given(weight_lists)
 def test_every_prefix_is_within_one_sequence(weights: list[int]) -> None:
-    mixture = Mixture({f"s{number}": Fraction(weight) for number, weight in enumerate(weights)})
-    total = sum(weights)
-    drawn: Counter[str] = Counter()
-    for index in range(2 * mixture.period):
-        source, k = mixture.locate(index)
-        assert k == drawn[source]
-        drawn[source] += 1
-        for number, weight in enumerate(weights):
-            assert abs(drawn[f"s{number}"] - Fraction(weight, total) * (index + 1)) < 1
+    stage = Stage.of(0, {f"s{number}": Fraction(weight) for number, weight in enumerate(weights)})
+    assert_exact([stage], 2 * sum(weights))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 40), min_size=3, max_size=3).filter(any), st.integers(1, 90)), max_size=4
+    )
+)
+def test_stage_edges_lose_nothing(plan: list[tuple[list[int], int]]) -> None:
+    stages, start = [], 0
+    for weights, length in [*plan, ([1, 1, 1], 60)]:
+        stages.append(Stage.of(start, {f"s{number}": weight for number, weight in enumerate(weights)}))
+        start += length
+    assert_exact(stages, start)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_rational_weight_vectors() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        stages, start = [], 0
+        for _ in range(chance.randint(1, 4)):
+            weights = {f"s{number}": Fraction(chance.randint(1, 97), 97) for number in range(chance.randint(1, 8))}
+            stages.append(Stage.of(start, weights))
+            start += chance.randint(1, 400)
+        assert_exact(stages, start + 400)
 
 
 def test_weights_mean_what_is_written() -> None:
     for weights in ({"en": 0.7, "zh": 0.3}, {"en": "0.7", "zh": "3/10"}, {"en": 7, "zh": Fraction(3)}):
-        mixture = Mixture(weights)
-        assert mixture.weights == {"en": Fraction(7, 10), "zh": Fraction(3, 10)}
-        assert mixture.period == 10
-    assert [Mixture({"a": 1, "b": 0, "c": 1}).locate(index)[0] for index in range(4)].count("b") == 0
+        assert Stage.of(0, weights).weights == {"en": Fraction(7, 10), "zh": Fraction(3, 10)}
+    mixture = single({"a": 1, "b": 0, "c": 1})
+    assert mixture.sources == ["a", "c"]
 
 
 def test_far_positions_are_located_at_once() -> None:
-    mixture = Mixture({"en": "0.7", "zh": "0.3"})
-    assert mixture.locate(10**30) == ("en", 7 * 10**29)
+    source, drawn = single({"en": "0.7", "zh": "0.3"}).locate(10**17)
+    assert (source.tolist(), drawn.tolist()) == ([0], [7 * 10**16])
 
 
 @pytest.mark.parametrize(
@@ -88,6 +167,22 @@ def test_far_positions_are_located_at_once() -> None:
         ({"en": 1, "zh": 0.33333}, "repeat only after"),
     ],
 )
-def test_bad_weights(weights: dict[str, float | str], reason: str) -> None:
+def test_bad_weights(weights: dict[str, object], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        Mixture(weights)
+        single(weights)
+
+
+def test_stages_start_at_zero_and_rise() -> None:
+    weights = {"en": Fraction(1)}
+    for starts in ([], [5], [0, 7, 7], [0, 9, 3]):
+        with pytest.raises(DataError, match="stage"):
+            Mixture([Stage(start, weights) for start in starts])
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 200), max_size=8, unique=True))
+def test_skipping_leaves_out_exactly_the_ranges(bounds: list[int]) -> None:
+    bounds = sorted(bounds)[: len(bounds) // 2 * 2]
+    ranges = list(zip(bounds[::2], bounds[1::2], strict=True))
+    kept = [index for index in range(400) if not any(first <= index < end for first, end in ranges)]
+    assert skip(np.arange(150), ranges).tolist() == kept[:150]

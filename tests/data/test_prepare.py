@@ -1,13 +1,14 @@
+"""Preparing a corpus: what is in the folder, what it does not depend on, what is refused."""
+
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
 import os
-import signal
 import subprocess
 import sys
-import threading
-from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,74 +17,85 @@ from conftest import SOURCES, TOKENIZER
 
 from data import DataError, Document, TokenCorpus, Tokenizer, read_jsonl
 from data.baseline import xz_bits_per_byte, xz_primed_bits_per_byte
-from data.prepare import main, prepare, prepare_cached
-from data.split import HELD_OUT, split_documents
+from data.prepare import Filters, Selection, prepare
+from data.prepare.__main__ import main
+from data.sources import SourceSpec
+from data.split import HELD_OUT, SPLIT_KEY, is_held_out, keyed_hash
 
 
 def sample_documents() -> list[Document]:
     return [document for source in SOURCES for document in read_jsonl(source)]
 
 
-def test_the_split_is_disjoint_and_large_enough() -> None:
-    documents = sample_documents()
-    train, validation = split_documents(documents)
-    assert {d.text for d in train}.isdisjoint(d.text for d in validation)
-    assert sorted((*train, *validation), key=repr) == sorted(documents, key=repr)
+def rows(path: Path, texts: list[str], language: str = "en") -> Path:
+    lines = [json.dumps({"text": text, "lang": language}, ensure_ascii=False) + "\n" for text in texts]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def numbered(count: int) -> list[str]:
+    return [f"This is text number {number}." for number in range(count)]
+
+
+def texts_of(corpus: TokenCorpus, split: str, name: str) -> list[str]:
+    source = corpus.split(split).source(name)
+    ends = source.document_ends().astype(np.int64)
+    pieces = np.split(source.tokens(0, source.num_tokens), ends[:-1])
+    tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    return [tokenizer.decode(piece.tolist()) for piece in pieces if len(piece)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_split_is_the_rule_and_large_enough(sample_corpus: TokenCorpus) -> None:
+    held = [d for d in sample_documents() if is_held_out(keyed_hash(d.text, SPLIT_KEY), HELD_OUT)]
     for language in ("en", "zh"):
-        assert sum(d.num_bytes for d in validation if d.language == language) >= 110_000
-    for group in {(d.language, d.source) for d in documents}:
-        sizes = [sum(d.num_bytes for d in part if (d.language, d.source) == group) for part in (train, validation)]
-        assert HELD_OUT * sum(sizes) <= sizes[1] < sizes[0] / 5
-
-
-def test_the_split_does_not_depend_on_order_or_on_other_groups() -> None:
-    documents = sample_documents()
-    _, validation = split_documents(documents)
-    assert set(split_documents(documents[::-1])[1]) == set(validation)
-    poems = [d for d in documents if d.source == "poetry"]
-    assert split_documents(poems)[1] == [d for d in validation if d.source == "poetry"]
-
-
-def test_a_repeated_text_stays_on_one_side() -> None:
-    documents = [Document(f"text {number}", "en", "a") for number in range(50)]
-    copies = [Document(d.text, "en", "b") for d in documents] + documents
-    train, validation = split_documents(documents + copies)
-    assert validation
-    assert {d.text for d in train}.isdisjoint(d.text for d in validation)
-    assert split_documents([Document("same", "en", "a")] * 3)[1] == []
+        assert sorted(texts_of(sample_corpus, "validation", language)) == sorted(
+            d.text for d in held if d.language == language
+        )
+        assert sum(d.num_bytes for d in held if d.language == language) >= 90_000
 
 
 def test_tokens_in_the_folder_are_the_documents(sample_corpus: TokenCorpus) -> None:
     tokenizer = Tokenizer.load(sample_corpus.tokenizer_path)
-    parts = dict(zip(("train", "validation"), split_documents(sample_documents()), strict=True))
-    for split, documents in parts.items():
-        for language in sample_corpus.languages:
+    for language in sample_corpus.languages:
+        expected = [d.text for d in sample_documents() if d.language == language]
+        found = []
+        for split in ("train", "validation"):
             source = sample_corpus.split(split).source(language)
             tokens = source.tokens(0, source.num_tokens)
             starts = np.flatnonzero(source.document_starts(0, source.num_tokens))
             pieces = np.split(tokens, starts[1:])
             assert all(p[0] == tokenizer.bos_id and p[-1] == tokenizer.eos_id for p in pieces)
             texts = [tokenizer.decode(piece.tolist()) for piece in pieces]
-            expected = [d.text for d in documents if d.language == language]
-            assert sorted(texts) == sorted(expected)
-            assert texts != expected
             assert source.text_bytes == sum(len(text.encode()) for text in texts)
+            assert texts != [text for text in expected if text in set(texts)]
+            found += texts
+        assert sorted(found) == sorted(expected)
     sample_corpus.verify()
 
 
-def test_baselines_are_those_of_xz(sample_corpus: TokenCorpus, tmp_path: Path) -> None:
-    _, validation = split_documents(sample_documents())
+def test_baselines_are_those_of_xz(sample_corpus: TokenCorpus) -> None:
+    assert set(sample_corpus.manifest.validation) == {"en", "zh"}
     for language, baseline in sample_corpus.manifest.validation.items():
-        source = sample_corpus.split("validation").source(language)
-        tokens = source.tokens(0, source.num_tokens).tolist()
-        text = Tokenizer.load(TOKENIZER).decode(tokens).encode()
-        assert len(text) == sum(d.num_bytes for d in validation if d.language == language)
+        text = "".join(texts_of(sample_corpus, "validation", language)).encode()
         packed = subprocess.run([sys.executable, "-c", XZ], input=text, capture_output=True, check=True).stdout
         assert baseline.xz_bits_per_byte == len(packed) * 8 / len(text)
         assert 1 < baseline.xz_primed_bits_per_byte < baseline.xz_bits_per_byte < 4
 
 
 XZ = "import sys, lzma; sys.stdout.buffer.write(lzma.compress(sys.stdin.buffer.read(), preset=9))"
+
+
+def test_large_texts_have_no_baseline(
+    small_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {path.stem: sum(d.num_bytes for d in read_jsonl(path)) for path in small_sources}
+    monkeypatch.setattr("data.prepare.baselines.MOST_TEXT", max(sizes.values()))
+    corpus = TokenCorpus.open(prepare(small_sources, TOKENIZER, tmp_path / "out"))
+    assert list(corpus.manifest.validation) == [min(sizes, key=lambda name: sizes[name])]
 
 
 def test_priming_counts_only_what_the_text_adds() -> None:
@@ -94,15 +106,37 @@ def test_priming_counts_only_what_the_text_adds() -> None:
 
 
 def test_the_seed_orders_documents_and_files_do_not(small_sources: list[Path], tmp_path: Path) -> None:
-    digests = {
-        name: TokenCorpus.open(prepare(sources, TOKENIZER, tmp_path / name, seed)).digest
-        for name, sources, seed in (
-            ("first", small_sources, 0),
-            ("reversed", small_sources[::-1], 0),
-            ("other", small_sources, 1),
-        )
-    }
-    assert digests["first"] == digests["reversed"] != digests["other"]
+    first, other = (
+        TokenCorpus.open(prepare(small_sources, TOKENIZER, tmp_path / f"seed{seed}", seed=seed)) for seed in (0, 1)
+    )
+    backwards = prepare(small_sources[::-1], TOKENIZER, tmp_path / "reversed")
+    assert contents(backwards) == contents(first.folder)
+    assert other.digest != first.digest
+    assert sorted(texts_of(other, "train", "zh")) == sorted(texts_of(first, "train", "zh"))
+    lines = small_sources[0].read_bytes().splitlines(keepends=True)
+    (tmp_path / small_sources[0].name).write_bytes(b"".join(reversed(lines)))
+    shuffled = prepare([tmp_path / small_sources[0].name, small_sources[1]], TOKENIZER, tmp_path / "shuffled")
+    assert TokenCorpus.open(shuffled).digest == first.digest
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_units_and_workers_change_nothing(
+    seed: int, small_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare(small_sources, TOKENIZER, tmp_path / "whole", seed=seed)
+    monkeypatch.setattr("data.prepare.plan.UNIT_BYTES", 3000)
+    monkeypatch.setattr("data.prepare.encode.BATCH_DOCUMENTS", 3)
+    cut = prepare(small_sources, TOKENIZER, tmp_path / "cut", seed=seed)
+    assert contents(cut) == contents(whole)
+    if seed == 0:
+        parallel = prepare(small_sources, TOKENIZER, tmp_path / "parallel", seed=seed, workers=3)
+        assert contents(parallel) == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_one_file_for_many_workers(small_sources: list[Path], tmp_path: Path) -> None:
+    alone = prepare(small_sources[:1], TOKENIZER, tmp_path / "alone")
+    assert contents(prepare(small_sources[:1], TOKENIZER, tmp_path / "eight", workers=8)) == contents(alone)
 
 
 def test_large_vocabularies_get_wide_ids(small_sources: list[Path], tmp_path: Path) -> None:
@@ -115,33 +149,149 @@ def test_large_vocabularies_get_wide_ids(small_sources: list[Path], tmp_path: Pa
     assert np.array_equal(*(c.split("train").source("zh").tokens(0, 500) for c in (wide, plain)))
 
 
+def test_duplicates_go_wherever_they_are(tmp_path: Path) -> None:
+    texts = numbered(30)
+    sources = [rows(tmp_path / "a.jsonl", texts[:20] * 2), rows(tmp_path / "b.jsonl", [*texts[10:], texts[29]])]
+    corpus = TokenCorpus.open(prepare(sources, TOKENIZER, tmp_path / "out"))
+    records = corpus.manifest.sources
+    assert {name: (record.documents, record.duplicates) for name, record in records.items()} == {
+        "a": (20, 20),
+        "b": (10, 11),
+    }
+    found = [text for split in ("train", "validation") for name in "ab" for text in texts_of(corpus, split, name)]
+    assert sorted(found) == sorted(texts)
+    everything = prepare(sources, TOKENIZER, tmp_path / "all", selection=Selection(dedup=False))
+    kept = TokenCorpus.open(everything)
+    assert [kept.manifest.sources[name].documents for name in "ab"] == [40, 21]
+    sides = {
+        split: {text for name in "ab" for text in texts_of(kept, split, name)} for split in ("train", "validation")
+    }
+    assert sides["train"].isdisjoint(sides["validation"])
+    assert all(kept.split("validation").source(name).num_documents for name in "ab")
+
+
+def test_a_source_has_documents_on_either_side(tmp_path: Path) -> None:
+    for count in (1, 2, 3, 5):
+        source = rows(tmp_path / "few.jsonl", numbered(count))
+        for held_out in (Fraction(1, 10**9), Fraction(999_999, 10**6)):
+            out = tmp_path / f"{count}-{held_out.numerator}"
+            corpus = TokenCorpus.open(prepare([source], TOKENIZER, out, selection=Selection(held_out=held_out)))
+            sizes = [corpus.split(split).source("few").num_documents for split in ("train", "validation")]
+            assert sum(sizes) == count
+            assert sizes[0] >= 1
+            assert sizes[1] >= (count > 1)
+    none = prepare([source], TOKENIZER, tmp_path / "none", selection=Selection(held_out=Fraction(0)))
+    assert TokenCorpus.open(none).split("validation").source("few").num_documents == 0
+
+
+def test_two_columns_of_a_file_are_two_sources(tmp_path: Path) -> None:
+    pairs = [{"en": f"English number {number}", "zh": f"第{number}句中文"} for number in range(150)]
+    pairs[99]["zh"] = " "
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sources = [SourceSpec(name, str(path), language=name, text_field=name, weight=0.5) for name in ("en", "zh")]
+    corpus = TokenCorpus.open(prepare(sources, TOKENIZER, tmp_path / "out"))
+    for name, expected in (("en", 150), ("zh", 149)):
+        found = texts_of(corpus, "train", name) + texts_of(corpus, "validation", name)
+        assert sorted(found) == sorted(pair[name] for pair in pairs if pair[name].strip())
+        assert corpus.manifest.sources[name].documents == expected
+    (bad,) = (json.loads(line) for line in (corpus.folder / "quarantine.jsonl").read_text().splitlines())
+    assert (bad["row"], bad["source"]) == (100, "zh")
+
+
+def test_bad_rows_are_listed(tmp_path: Path) -> None:
+    lines = rows(tmp_path / "a.jsonl", numbered(200)).read_text().splitlines(keepends=True)
+    lines[16] = "broken\n"
+    lines[149] = '{"text": "", "lang": "en"}\n'
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    out = prepare([tmp_path / "a.jsonl"], TOKENIZER, tmp_path / "out")
+    found = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [(entry["row"], entry["reason"]) for entry in found] == [
+        (17, "not JSON"),
+        (150, "`text` must be a string that is not empty"),
+    ]
+    assert found[0]["file"] == str(tmp_path / "a.jsonl")
+    assert found[0]["source"] == "a"
+    assert TokenCorpus.open(out).manifest.sources["a"].quarantined == 2
+    strict = Selection(max_bad_rows=0.009)
+    with pytest.raises(DataError, match=r"a.jsonl:17: not JSON; source a has 2 bad rows of 200, allowed: 0.009"):
+        prepare([tmp_path / "a.jsonl"], TOKENIZER, tmp_path / "strict", selection=strict)
+
+
+def test_rows_are_numbered_within_their_file_in_any_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "part"
+    folder.mkdir()
+    for name in ("1.jsonl", "2.jsonl"):
+        lines = rows(folder / name, [f"{name} {text}" for text in numbered(60)]).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join([*lines[:50], "broken\n", *lines[50:]]))
+    (folder / "3.jsonl.gz").write_bytes(gzip.compress((folder / "2.jsonl").read_bytes().replace(b"2.jsonl", b"3")))
+    source = SourceSpec("part", str(folder))
+    lists = []
+    for limit in (200, 1 << 20):
+        monkeypatch.setattr("data.prepare.plan.UNIT_BYTES", limit)
+        out = prepare([source], TOKENIZER, tmp_path / str(limit), selection=Selection(max_bad_rows=0.5))
+        lists.append([json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()])
+    assert lists[0] == lists[1]
+    assert [entry["row"] for entry in lists[0]] == [51] * 3
+    assert contents(tmp_path / "200") == contents(tmp_path / str(1 << 20))
+
+
+def test_short_long_and_foreign_documents_are_left_out(tmp_path: Path) -> None:
+    texts = ["short", *numbered(20), "long " * 100, "学而时习之，不亦说乎，有朋自远方来", "12345 67890 12345 67890"]
+    filters = Filters(min_chars=10, max_chars=100, check_language=True)
+    out = prepare([rows(tmp_path / "a.jsonl", texts)], TOKENIZER, tmp_path / "out", filters=filters)
+    record = TokenCorpus.open(out).manifest.sources["a"]
+    assert record.filtered == {"another script": 2, "too long": 1, "too short": 1}
+    assert record.documents == 20
+    assert json.loads((out / "manifest.json").read_text())["sources"]["a"]["filtered"]["too long"] == 1
+    for language, reason in {"xx": "no script is known for xx", "ru": "no documents are left"}.items():
+        with pytest.raises(DataError, match=reason):
+            prepare([rows(tmp_path / "a.jsonl", texts, language)], TOKENIZER, tmp_path / language, filters=filters)
+
+
 def test_refusals(small_sources: list[Path], tmp_path: Path) -> None:
     en = small_sources[0]
-    empty, single, copy, bad = (tmp_path / name for name in ("empty.jsonl", "single.jsonl", "copy.jsonl", "bad.jsonl"))
+    empty, bad, blank, mixed = (tmp_path / f"{name}.jsonl" for name in ("empty", "bad", "blank", "mixed"))
     empty.write_bytes(b"")
-    single.write_text('{"text": "one", "lang": "fr"}\n', encoding="utf-8")
-    copy.write_bytes(en.read_bytes())
     bad.write_text('{"text": "one", "lang": "fr"}\n{"text": ""}\n', encoding="utf-8")
-    cases = {
-        "no source files": [],
-        "empty.jsonl: is empty": [en, empty],
-        "language fr: too few documents": [en, single],
-        "en.jsonl: has the same content as en.jsonl": [en, en],
-        "copy.jsonl: has the same content as en.jsonl": [en, copy],
-        "bad.jsonl:2: `text` must be": [en, bad],
+    blank.write_text('{"text": " ", "lang": "fr"}\n' * 3, encoding="utf-8")
+    mixed.write_text('{"text": "one", "lang": "fr"}\n{"text": "zwei", "lang": "de"}\n', encoding="utf-8")
+    copy = rows(tmp_path / "zz.jsonl", [d.text for d in read_jsonl(en)])
+    cases: dict[str, list[Path | SourceSpec]] = {
+        "no sources given": [],
+        "source empty: .*empty.jsonl: is empty": [en, empty],
+        "source en: is given 2 times": [en, en],
+        "en.jsonl: belongs to sources en and other, give it once": [en, SourceSpec("other", str(en))],
+        "bad.jsonl:2: `text` must be .* 1 bad rows of 2, allowed: 0.01": [en, bad],
+        "blank.jsonl:1: `text` must be .* 3 bad rows of 3": [blank],
         "none.jsonl: no such file": [tmp_path / "none.jsonl"],
+        "source mixed: has rows of de, fr": [mixed],
+        "source zz: .* no documents are left": [en, copy],
+        "text files do not say their language": [SourceSpec("text", str(en), format="text")],
     }
     before = sorted(tmp_path.iterdir())
     for reason, sources in cases.items():
         with pytest.raises(DataError, match=reason):
             prepare(sources, TOKENIZER, tmp_path / "out")
         assert sorted(tmp_path.iterdir()) == before
-    with pytest.raises(DataError, match="seed: -1 is out of range"):
-        prepare([en], TOKENIZER, tmp_path / "out", seed=-1)
-    with pytest.raises(DataError, match="none.json: no such file"):
-        prepare_cached([en], tmp_path / "none.json", tmp_path / "cache")
     with pytest.raises(DataError, match="exists already"):
         prepare([en], TOKENIZER, tmp_path)
+    with pytest.raises(DataError, match="workers: 0 is too small"):
+        prepare([en], TOKENIZER, tmp_path / "out", workers=0)
+    all_bad = Selection(max_bad_rows=1)
+    with pytest.raises(DataError, match=r"blank.jsonl:1: .* 3 bad rows of 3"):
+        prepare([blank], TOKENIZER, tmp_path / "out", selection=all_bad)
+
+
+def test_settings_out_of_range() -> None:
+    for settings in ({"seed": -1}, {"held_out": Fraction(1)}, {"max_bad_rows": 1.5}, {"shard_tokens": 0}):
+        (name,) = settings
+        with pytest.raises(DataError, match=f"{name}: "):
+            Selection(**settings)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="min_chars: -1"):
+        Filters(min_chars=-1)
+    with pytest.raises(DataError, match="max_chars: 3 leaves nothing"):
+        Filters(min_chars=5, max_chars=3)
 
 
 def test_a_full_disk_leaves_nothing(
@@ -151,131 +301,42 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("data.files._sync", full)
-    sources = [part for source in small_sources for part in ("--source", str(source))]
-    out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["prepare", *sources, "--tokenizer", str(TOKENIZER), "--out", str(out)])
-    assert main() == 77
+    assert command(monkeypatch, small_sources, tmp_path / "out") == 77
     assert capsys.readouterr().err.endswith("No space left on device\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def command(monkeypatch: pytest.MonkeyPatch, sources: list[Path], out: Path, *more: str) -> int:
+    named = [part for source in sources for part in ("--source", f"{source.stem}={source}")]
+    monkeypatch.setattr(sys, "argv", ["prepare", *named, "--tokenizer", str(TOKENIZER), "--out", str(out), *more])
+    return main()
 
 
 def test_the_command_prints_facts(
     small_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sources = [part for source in small_sources for part in ("--source", str(source))]
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["prepare", *sources, "--tokenizer", str(TOKENIZER), "--out", str(out), "--json"])
-    assert main() == 0
+    assert command(monkeypatch, small_sources, out, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["folder"] == str(out)
     assert facts["splits"]["train"]["zh"]["tokens"] == TokenCorpus.open(out).split("train").source("zh").num_tokens
-    assert main() == 77
+    assert facts["sources"]["en"] == {"language": "en", "duplicates": 0, "filtered": {}, "quarantined": 0}
+    assert command(monkeypatch, small_sources, out, "--json") == 77
     assert capsys.readouterr().err == f"error: {out}: exists already, choose another folder or remove it\n"
+    assert command(monkeypatch, small_sources, tmp_path / "none", "--held-out", "much") == 77
+    assert "--held-out: 'much' is no fraction" in capsys.readouterr().err
 
 
-def test_the_cache_is_reused_until_an_input_changes(small_sources: list[Path], tmp_path: Path) -> None:
-    first = prepare_cached(small_sources, TOKENIZER, tmp_path)
-    written = (first / "manifest.json").stat().st_mtime_ns
-    assert prepare_cached(small_sources[::-1], TOKENIZER, tmp_path) == first
-    assert (first / "manifest.json").stat().st_mtime_ns == written
-    assert prepare_cached(small_sources, TOKENIZER, tmp_path, seed=1) != first
-    assert prepare_cached(small_sources[:1], TOKENIZER, tmp_path) != first
-
-
-@pytest.mark.parametrize("name", ["train-en-00000.bin", "train-en-00000.idx", "manifest.json", "tokenizer.json"])
-def test_a_damaged_cache_is_made_again(name: str, small_sources: list[Path], tmp_path: Path) -> None:
-    folder = prepare_cached(small_sources, TOKENIZER, tmp_path)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert prepare_cached(small_sources, TOKENIZER, tmp_path) == folder
-    assert (folder / name).read_bytes() == content
-
-
-PREPARE = """
-import sys
-import data.prepare
-from data.files import os
-tokenizer, cache, deadly, *sources = sys.argv[1:]
-if deadly:
-    module, name = {"baseline": (data.prepare, "_baseline"), "rename": (os, "rename")}[deadly]
-    setattr(module, name, lambda *_: os.kill(os.getpid(), 9))
-print(data.prepare.prepare_cached(sources, tokenizer, cache))
-"""
-
-
-def start(sources: list[Path], cache: Path, deadly: str = "") -> subprocess.Popen[str]:
-    """Prepare in a new process that kills itself when it comes to the step `deadly`."""
-    command = [sys.executable, "-c", PREPARE, str(TOKENIZER), str(cache), deadly, *map(str, sources)]
-    root = Path(__file__).parents[2]
-    return subprocess.Popen(command, cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def visible(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
-
-
-@pytest.mark.parametrize("deadly", ["baseline", "rename"])
-def test_a_killed_prepare_leaves_no_half_folder(deadly: str, small_sources: list[Path], tmp_path: Path) -> None:
-    process = start(small_sources, tmp_path, deadly)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert list(tmp_path.glob(".*.tmp-*/train-en-00000.bin"))
-    assert visible(tmp_path) == []
-    TokenCorpus.open(prepare_cached(small_sources, TOKENIZER, tmp_path)).verify()
-
-
-@pytest.mark.slow
-def test_kills_at_any_moment(tmp_path: Path) -> None:
-    """Killed after growing delays; whatever is visible then is whole, and the next call succeeds."""
-    delay = 1.0
-    while not visible(tmp_path):
-        process = start(SOURCES, tmp_path)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=delay)
-        process.kill()
-        process.communicate()
-        for folder in visible(tmp_path):
-            TokenCorpus.open(folder).verify()
-        delay += 0.4
-    assert delay > 1.4
-
-
-def test_processes_share_one_cache(small_sources: list[Path], tmp_path: Path) -> None:
-    processes = [start(small_sources, tmp_path) for _ in range(2)]
-    outputs = [process.communicate() for process in processes]
-    assert [error for _, error in outputs] == [""] * 2
-    assert len({folder for folder, _ in outputs}) == 1
-    TokenCorpus.open(outputs[0][0].strip()).verify()
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-
-
-def test_without_locks_the_first_rename_wins(
-    small_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_takes_a_list_of_sources(
+    small_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    together = threading.Barrier(3)
-    renames: list[str] = []
-    rename = os.rename
-
-    def meet(source: Path, target: Path) -> None:
-        together.wait(timeout=60)
-        renames.append(str(source))
-        rename(source, target)
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    monkeypatch.setattr("os.rename", meet)
-    folders: list[Path] = []
-    threads = [
-        threading.Thread(target=lambda: folders.append(prepare_cached(small_sources, TOKENIZER, tmp_path)))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(renames) == len(folders) == 3
-    assert len(set(folders)) == 1
-    TokenCorpus.open(folders[0]).verify()
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    listed = tmp_path / "sources.yaml"
+    listed.write_text(f"books: {{path: {small_sources[0]}, language: en-gb}}\n")
+    options = ("--sources", str(listed), "--min-chars", "290", "--held-out", "1/2", "--shard-tokens", "500")
+    assert command(monkeypatch, small_sources[1:], tmp_path / "out", *options, "--quiet") == 0
+    printed = capsys.readouterr()
+    assert "too short" in printed.out
+    assert printed.err == ""
+    corpus = TokenCorpus.open(tmp_path / "out")
+    assert corpus.language_of == {"books": "en-gb", "zh": "zh"}
+    assert corpus.manifest.held_out == "1/2"

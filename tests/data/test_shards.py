@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TOKENIZER
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data import DataError, TokenCorpus
 from data.files import file_digest
 from data.manifest import Manifest
+from data.prepare import Selection, prepare
 
 Damage = Callable[[Callable[[Path], object]], Path]
 
@@ -41,25 +45,51 @@ REFUSED_ON_OPENING: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest is not UTF-8": (write("manifest.json", b"\xff\x00\x81"), "not JSON"),
     "manifest is a list": (write("manifest.json", b"[]"), "not a JSON object"),
     "manifest is deep": (write("manifest.json", b"[" * 100_000), "not JSON"),
-    "later format": (manifest(lambda content: content.update(format_version=2)), "format_version is 2"),
+    "later format": (manifest(lambda content: content.update(format_version=3)), "format_version is 3"),
+    "earlier format": (
+        manifest(lambda content: content.update(format_version=1)),
+        "format_version is 1.*prepare it again",
+    ),
     "no format": (manifest(lambda content: content.pop("format_version")), "format_version is None"),
     "no shards": (manifest(lambda content: content.pop("shards")), "`shards` must be a list"),
-    "empty shards": (manifest(lambda content: content.update(shards=[])), "every language needs one shard"),
-    "lost shard": (manifest(lambda content: content["shards"].pop()), "every language needs one shard"),
-    "doubled shard": (manifest(lambda content: content["shards"].append(content["shards"][0])), "needs one shard"),
+    "empty shards": (
+        manifest(lambda content: content.update(shards=[])),
+        "train shards of en must be",
+    ),
+    "lost shard": (manifest(lambda content: content["shards"].pop(0)), "train shards of en must be numbered"),
+    "doubled shard": (manifest(lambda content: content["shards"].append(content["shards"][0])), "must be numbered"),
+    "misnumbered shard": (manifest(lambda content: content["shards"][0].update(number=1)), "must be numbered"),
+    "no sources": (manifest(lambda content: content.update(sources={})), "unknown split or source"),
+    "nothing": (manifest(lambda content: content.update(sources={}, shards=[], validation={})), "names no sources"),
+    "sources are a list": (manifest(lambda content: content.update(sources=[])), "`sources` must be a dict"),
+    "path as source": (
+        manifest(lambda content: content["sources"].update({"../x": content["sources"]["en"]})),
+        "bad source name",
+    ),
+    "path as language": (manifest(lambda content: content["sources"]["en"].update(language="../x")), "bad source name"),
+    "text for filtered": (
+        manifest(lambda content: content["sources"]["en"].update(filtered={"a": "b"})),
+        "must be a int",
+    ),
+    "file without size": (manifest(lambda content: content["sources"]["en"]["files"][0].pop("size")), "`size` must be"),
+    "bad fraction": (manifest(lambda content: content.update(held_out="1/0")), "held_out '1/0' is no fraction"),
+    "large fraction": (manifest(lambda content: content.update(held_out="1")), "held_out 1 is out of range"),
     "shard is text": (manifest(lambda content: content.update(shards=["a"])), "list of objects"),
     "text for tokens": (manifest(lambda content: content["shards"][0].update(tokens="9")), "`tokens` must be a int"),
     "flag for tokens": (manifest(lambda content: content["shards"][0].update(tokens=True)), "`tokens` must be a int"),
     "no tokens": (manifest(lambda content: content["shards"][0].update(tokens=0)), "count below 1"),
     "more tokens": (manifest(lambda content: content["shards"][0].update(tokens=10**15)), "the manifest says"),
-    "path as language": (manifest(lambda content: content["shards"][0].update(language="../x")), "unknown split or"),
+    "shard of no source": (manifest(lambda content: content["shards"][0].update(source="../x")), "unknown split or"),
     "unknown split": (manifest(lambda content: content["shards"][0].update(split="test")), "unknown split or"),
     "signed ids": (manifest(lambda content: content.update(dtype="int16")), "allowed: uint16, uint32"),
     "object ids": (manifest(lambda content: content.update(dtype="O")), "allowed: uint16, uint32"),
     "wider ids": (manifest(lambda content: content.update(dtype="uint32")), "the manifest says"),
     "negative vocabulary": (manifest(lambda content: content.update(vocab_size=-1)), "out of range"),
-    "no baselines": (manifest(lambda content: content.update(validation={})), "must name the languages en, zh"),
-    "baseline is a number": (manifest(lambda content: content["validation"].update(en=3)), "en: not an object"),
+    "baseline of no language": (
+        manifest(lambda content: content["validation"].update(de=content["validation"]["en"])),
+        "may name the languages en, zh only",
+    ),
+    "baseline is a number": (manifest(lambda content: content["validation"].update(en=3)), "must map names to objects"),
     "cut tokens": (cut("train-en-00000.bin"), "the manifest says"),
     "cut index": (cut("validation-zh-00000.idx"), "the manifest says"),
     "empty tokens": (write("train-zh-00000.bin", b""), "has 0 bytes"),
@@ -158,7 +188,64 @@ def test_unknown_names_are_refused(small_corpus: TokenCorpus) -> None:
 
 
 def test_the_digest_follows_content_alone(small_corpus: TokenCorpus, damaged: Damage) -> None:
-    renamed = TokenCorpus.open(damaged(manifest(lambda content: content["sources"][0].update(name="other"))))
+    renamed = TokenCorpus.open(damaged(manifest(lambda content: content["sources"]["en"]["files"][0].update(name="x"))))
     assert renamed.digest == small_corpus.digest
     assert isinstance(renamed.manifest, Manifest)
     assert renamed.manifest != small_corpus.manifest
+    relabelled = manifest(lambda content: content["sources"]["en"].update(language="fr"))
+    relabelled(renamed.folder)
+    manifest(lambda content: content.update(validation={}))(renamed.folder)
+    assert TokenCorpus.open(renamed.folder).digest != small_corpus.digest
+
+
+@pytest.fixture(scope="module")
+def cut_corpus(small_sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
+    """The small corpus in shards of at most 300 tokens."""
+    out = tmp_path_factory.mktemp("cut") / "corpus"
+    return TokenCorpus.open(prepare(small_sources, TOKENIZER, out, selection=Selection(shard_tokens=300)))
+
+
+def test_shards_read_as_one(small_corpus: TokenCorpus, cut_corpus: TokenCorpus) -> None:
+    shards = [shard for shard in cut_corpus.manifest.shards if shard.split == "train"]
+    assert len(shards) > 8
+    assert all(shard.tokens <= 300 or shard.documents == 1 for shard in shards)
+    for name in small_corpus.sources:
+        whole, cut = (corpus.split("train").source(name) for corpus in (small_corpus, cut_corpus))
+        size = whole.num_tokens
+        assert (cut.num_tokens, cut.num_documents, cut.text_bytes) == (size, whole.num_documents, whole.text_bytes)
+        assert np.array_equal(cut.document_ends(), whole.document_ends())
+        assert cut.document_ends().dtype == np.uint64
+        for begin, end in ((0, size), (299, 301), (0, 0), (size, size), (150, 1000), (size - 1, size)):
+            assert np.array_equal(cut.tokens(begin, end), whole.tokens(begin, end))
+            assert np.array_equal(cut.document_starts(begin, end), whole.document_starts(begin, end))
+    cut_corpus.verify()
+
+
+@given(data=st.data(), length=st.integers(1, 700))
+def test_rows_are_slices(cut_corpus: TokenCorpus, data: st.DataObject, length: int) -> None:
+    source = cut_corpus.split("train").source("en")
+    begins = np.array(data.draw(st.lists(st.integers(0, source.num_tokens - length), max_size=4)), dtype=np.int64)
+    tokens, starts = source.rows(begins, length)
+    assert starts.shape == tokens.shape == (len(begins), length)
+    assert tokens.dtype == source.dtype
+    for row, begin in enumerate(begins.tolist()):
+        assert np.array_equal(tokens[row], source.tokens(begin, begin + length))
+        assert np.array_equal(starts[row], source.document_starts(begin, begin + length))
+    beyond = np.array([*begins, source.num_tokens - length + 1])
+    for outside in (beyond, -1 - beyond):
+        with pytest.raises(IndexError):
+            source.rows(outside, length)
+
+
+def test_a_source_without_validation_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "only one", "lang": "fr"}\n')
+    corpus = TokenCorpus.open(prepare([tmp_path / "one.jsonl"], TOKENIZER, tmp_path / "out"))
+    source = corpus.split("validation").source("one")
+    assert (source.num_tokens, source.num_documents, source.text_bytes) == (0, 0, 0)
+    assert len(source.tokens(0, 0)) == len(source.document_ends()) == 0
+    assert source.rows(np.empty(0, np.int64), 5)[0].shape == (0, 5)
+    with pytest.raises(IndexError):
+        source.tokens(0, 1)
+    assert corpus.manifest.validation == {}
+    assert "one" not in corpus.stats()["splits"]["validation"]  # type: ignore[index]
+    corpus.verify()

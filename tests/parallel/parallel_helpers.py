@@ -78,20 +78,21 @@ def ragged_batch(seed: int = 0, sequences: int = SEQUENCES) -> Batch:
     valid = torch.arange(LENGTH) < lengths
     labels = torch.randint(48, shape, generator=generator)
     labels[~valid | (torch.rand(shape, generator=generator) < 0.2)] = IGNORE_INDEX
-    languages = torch.randint(LANGUAGES, (sequences, 1), generator=generator).repeat(1, LENGTH)
+    languages = torch.randint(LANGUAGES, (sequences,), generator=generator)
     return Batch(
         input_ids=torch.randint(48, shape, generator=generator),
         labels=labels,
         valid=valid,
-        languages=languages,
-        label_languages=languages.clone(),
         document_starts=torch.zeros(shape, dtype=torch.bool),
+        row_languages=languages,
+        row_sources=languages.clone(),
     )
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """`parts` micro-batches of consecutive sequences."""
-    return [Batch(*tensors) for tensors in zip(*(tensor.chunk(parts) for tensor in vars(batch).values()), strict=True)]
+    tensors = {name: tensor.chunk(parts) for name, tensor in vars(batch).items() if tensor is not None}
+    return [Batch(**{name: chunks[part] for name, chunks in tensors.items()}) for part in range(parts)]
 
 
 def step_loss(model: Transformer, batch: Batch, num_labels: Tensor | int, num_tokens: Tensor | int) -> Tensor:

@@ -18,14 +18,16 @@ class OneRank:
 
 
 def identity(*overrides: str, world_size: int = 1) -> str:
-    return run_id(recipe(load.compose(overrides), "corpus", world_size))
+    return run_id(recipe(load.compose(overrides), {"text": "corpus"}, world_size))
 
 
 def test_layout_and_telemetry_do_not_name_a_run() -> None:
     layout = ["train.micro_batch_size=2", "runtime.compile=true", "telemetry.wandb=offline", "checkpoint.interval=3"]
     assert identity(*layout, world_size=2) == identity()
-    for recipe_key in ("train.seed=1", "model.granularity=4", "optim.lr=0.01", "data.seq_len=128", "train.steps=1000"):
+    for recipe_key in ("train.seed=1", "model.granularity=4", "optim.lr=0.01", "train.steps=1000"):
         assert identity(recipe_key) != identity()
+    config = load.compose([])
+    assert run_id(recipe(config, {"text": "corpus", "seq_len": 128})) != identity()
 
 
 def test_losses_pooled_over_a_micro_batch_make_its_size_part_of_the_recipe() -> None:
@@ -44,5 +46,5 @@ def test_gradient_norm_is_exact_on_large_tensors() -> None:
 def test_difference_names_dotted_keys() -> None:
     config = load.compose([])
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
-    changes = load.difference(recipe(config, "a"), recipe(other, "b"))
-    assert changes == ["data.corpus: a -> b", f"optim.lr: {config.optim.lr} -> 0.5"]
+    changes = load.difference(recipe(config, {"text": "a"}), recipe(other, {"text": "b"}))
+    assert changes == ["data.text: a -> b", f"optim.lr: {config.optim.lr} -> 0.5"]

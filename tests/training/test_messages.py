@@ -6,14 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from training_helpers import final_state, train
-
-
-def only_line(output: str) -> str:
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, output
-    assert "Traceback" not in output
-    return lines[0]
+from training_helpers import final_state, only_line, train
 
 
 def test_unknown_key_names_the_nearest(tmp_path: Path, cache: Path) -> None:
@@ -24,14 +17,15 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, cache: Path) -> None:
 
 def test_missing_corpus_file(tmp_path: Path, cache: Path) -> None:
     assert "nowhere.jsonl" in only_line(
-        train(tmp_path, cache, "data.sources=[nowhere.jsonl]", "train.steps=5", code=77)
+        train(tmp_path, cache, "data.sources.en.path=nowhere.jsonl", "train.steps=5", code=77)
     )
 
 
 def test_bad_row_names_file_and_row(tmp_path: Path, cache: Path) -> None:
     corpus = tmp_path / "bad.jsonl"
     corpus.write_text(json.dumps({"text": "a b c", "lang": "en", "source": "x"}) + "\n{oops\n")
-    assert "bad.jsonl:2" in only_line(train(tmp_path, cache, f"data.sources=[{corpus}]", "train.steps=5", code=77))
+    result = train(tmp_path, cache, f"data.sources.en.path={corpus}", "train.steps=5", code=77)
+    assert "bad.jsonl:2" in only_line(result)
 
 
 def test_all_checkpoints_corrupt_is_an_error_not_a_fresh_start(tmp_path: Path, cache: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from training_helpers import final_state, metrics, start, train
 STEPS = "train.steps=60"
 SAVE = "checkpoint.interval=7"
 EVALUATE = "train.eval_interval=20"
+SETTINGS = (STEPS, SAVE, EVALUATE)
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +85,14 @@ def test_a_signal_saves_within_two_steps(tmp_path: Path, cache: Path) -> None:
     assert len(metrics(tmp_path)) == step
 
 
-def interrupt(folder: Path, cache: Path, number: signal.Signals, rows: int, delay: float) -> None:
+def interrupt(
+    folder: Path, cache: Path, number: signal.Signals, rows: int, delay: float, settings: Sequence[str] = SETTINGS
+) -> None:
     """Start a run and signal it some moments after the folder holds so many rows.
 
     That may be before the run listens to signals, which kills it, or after it is done; neither may lose anything.
     """
-    process = start(folder, cache, STEPS, SAVE, EVALUATE)
+    process = start(folder, cache, *settings)
     wait_for_rows(folder, rows, process)
     time.sleep(delay)
     process.send_signal(number)

@@ -32,7 +32,7 @@ SMALL = [
 
 
 def command(folder: Path, cache: Path, *overrides: str) -> list[str]:
-    sources = f"data.sources=[{cache}/en.jsonl,{cache}/zh.jsonl]"
+    sources = [f"data.sources.{language}.path={cache}/{language}.jsonl" for language in ("en", "zh")]
     flags = [override for override in overrides if override.startswith("-")]
     overrides = tuple(override for override in overrides if not override.startswith("-"))
     return [
@@ -40,7 +40,7 @@ def command(folder: Path, cache: Path, *overrides: str) -> list[str]:
         str(ROOT / "train.py"),
         *flags,
         *SMALL,
-        sources,
+        *sources,
         f"output_dir={folder}",
         f"data.cache_dir={cache}",
         *overrides,
@@ -87,3 +87,10 @@ def final_state(folder: Path) -> dict[str, Any]:
         "data": train_state["data"],
         "validated": train_state["validated_step"],
     }
+
+
+def only_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    return lines[0]
