@@ -18,7 +18,7 @@ class Sequences:
     """B sequences of one source each, as read: L inputs and the token behind the last one.
 
     Attributes:
-        tokens: (B, L + 1), any integer type; what lies behind `lengths + 1` tokens is padding.
+        tokens: (B, L + 1) int64; what lies behind `lengths + 1` tokens is padding.
         starts: (B, L + 1) bool, tokens that open a document.
         lengths: (B,) inputs in a sequence, L or fewer.
         ends: (B, L) bool, inputs without a label, or None: each input is labelled by the token behind it.
@@ -91,8 +91,9 @@ class Batch:
 def assemble(sequences: Sequences, *, mask_documents: bool, padding_id: int) -> Batch:
     """Tensors of B sequences. With `mask_documents` no label crosses a document's start and positions restart."""
     seq_len = sequences.tokens.shape[1] - 1
-    input_ids = sequences.tokens[:, :-1].astype(np.int64)
-    labels = sequences.tokens[:, 1:].astype(np.int64)
+    input_ids, labels = sequences.tokens[:, :-1], sequences.tokens[:, 1:]  # views of the same memory
+    if mask_documents or sequences.ends is not None or np.any(sequences.lengths < seq_len):
+        input_ids, labels = input_ids.copy(), labels.copy()
     starts = np.ascontiguousarray(sequences.starts[:, :-1])
     valid = np.ones(input_ids.shape, dtype=np.bool_)
     if np.any(sequences.lengths < seq_len):

@@ -8,7 +8,7 @@ without a table; `skip` leaves ranges of sequences out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,13 +23,11 @@ ROUNDS = 6
 # 2,048 rows at a time: enough to mix documents that lie together, few enough to stay in the page cache.
 BLOCK_ROWS = 64
 WINDOW_BLOCKS = 32
-
-Integers = np.ndarray | int
-"""Arrays of int64 (indices) or uint64 (keys), or one number for all."""
+WINDOW_ROWS = BLOCK_ROWS * WINDOW_BLOCKS
 
 
-def permute(index: Integers, n: Integers, key: Integers) -> np.ndarray:
-    """Where the permutation of `0 .. n - 1` chosen by the 64-bit `key` sends `index`, element by element, int64.
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where the permutation of `0 .. n - 1` chosen by the 64-bit `key` sends each `index`, int64.
 
     A balanced Feistel network over the next even power of two, walked along its cycle until it lands below `n` (Black
     and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): a bijection for every key, under 4 steps on average.
@@ -37,64 +35,68 @@ def permute(index: Integers, n: Integers, key: Integers) -> np.ndarray:
     Raises:
         IndexError: an index is not in `0 .. n - 1`.
     """
-    return _walk(index, n, key, range(ROUNDS))
+    return _walk(index, n, _round_keys(key), _feistel)
 
 
-def unpermute(place: Integers, n: Integers, key: Integers) -> np.ndarray:
-    """The index that `permute` sends to `place`."""
-    return _walk(place, n, key, range(ROUNDS - 1, -1, -1))
+def unpermute(place: np.ndarray, n: int, key: int) -> np.ndarray:
+    """The index that `permute` sends to each `place`."""
+    return _walk(place, n, _round_keys(key)[::-1], _feistel_inverse)
 
 
-def permute_in_windows(index: Integers, n: Integers, key: Integers) -> np.ndarray:
+def permute_in_windows(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """A permutation of `0 .. n - 1` that reads a source in stretches: blocks of rows are permuted over all of it, then
     rows inside a window of blocks.
 
     The last block may be short by some rows; windows that begin behind it begin that much earlier.
     """
-    index, n, key = _aligned(index, n, key)
     num_blocks = -(-n // BLOCK_ROWS)
     missing = num_blocks * BLOCK_ROWS - n
-    short_place = unpermute(num_blocks - 1, num_blocks, key)
+    short_place = int(unpermute(np.array([num_blocks - 1]), num_blocks, key)[0])
 
     def first_row(window: np.ndarray) -> np.ndarray:
-        return window * (BLOCK_ROWS * WINDOW_BLOCKS) - missing * (window * WINDOW_BLOCKS > short_place)
+        return window * WINDOW_ROWS - missing * (window * WINDOW_BLOCKS > short_place)
 
-    window = index // (BLOCK_ROWS * WINDOW_BLOCKS)
-    window += index >= first_row(window + 1)
-    begin = first_row(window)
-    size = np.minimum(first_row(window + 1), n) - begin
-    inside = permute(index - begin, size, _scramble(key ^ window.view(np.uint64)))
-    short_block = short_place - window * WINDOW_BLOCKS
-    behind_short = (short_block >= 0) & (inside >= (short_block + 1) * BLOCK_ROWS - missing)
-    inside += missing * behind_short
-    block = permute(window * WINDOW_BLOCKS + inside // BLOCK_ROWS, num_blocks, key)
-    return block * BLOCK_ROWS + inside % BLOCK_ROWS
+    window = index // WINDOW_ROWS
+    window = window + (index >= first_row(window + 1))
+    place = np.empty_like(index)
+    for number in np.unique(window):
+        here = window == number
+        begin, end = int(first_row(number)), min(int(first_row(number + 1)), n)
+        inside = permute(index[here] - begin, end - begin, key ^ int(number) + 1)
+        if number * WINDOW_BLOCKS <= short_place < (number + 1) * WINDOW_BLOCKS:
+            inside += missing * (begin + inside >= (short_place + 1) * BLOCK_ROWS - missing)
+        place[here] = number * WINDOW_ROWS + inside
+    return permute(place // BLOCK_ROWS, num_blocks, key) * BLOCK_ROWS + place % BLOCK_ROWS
 
 
-def _walk(start: Integers, n: Integers, key: Integers, rounds: Sequence[int]) -> np.ndarray:
-    start, n, key = _aligned(start, n, key)
+def _walk(start: np.ndarray, n: int, round_keys: np.ndarray, network: Callable[..., np.ndarray]) -> np.ndarray:
+    if n > MAX_ROWS:
+        raise IndexError(f"a permutation of more than {MAX_ROWS} rows")
     if np.any((start < 0) | (start >= n)):
-        raise IndexError("an index is outside the permutation's domain")
-    half = np.maximum((np.frexp((n - 1).astype(np.float64))[1] + 1) // 2, 1).astype(np.uint64)
-    place = _feistel(start.view(np.uint64), half, key, rounds)
-    outside = np.flatnonzero(place >= n.view(np.uint64))
-    while outside.size:
-        place[outside] = _feistel(place[outside], half[outside], key[outside], rounds)
-        outside = outside[place[outside] >= n.view(np.uint64)[outside]]
-    return place.view(np.int64)
+        raise IndexError(f"an index is outside 0 .. {n - 1}")
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    place = network(start.astype(np.uint64), half, round_keys)
+    while (outside := np.flatnonzero(place >= np.uint64(n))).size:
+        place[outside] = network(place[outside], half, round_keys)
+    return place.astype(np.int64)
 
 
-def _feistel(value: np.ndarray, half: np.ndarray, key: np.ndarray, rounds: Sequence[int]) -> np.ndarray:
-    """One pass over the network; with the rounds reversed, its inverse, whose halves enter and leave swapped."""
-    forward = rounds[0] == 0
+def _feistel(value: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
     left, right = value >> half, value & ((np.uint64(1) << half) - np.uint64(1))
-    if not forward:
-        left, right = right, left
-    for number in rounds:
-        left, right = right, left ^ (_scramble(right ^ _scramble(key + np.uint64(number))) >> (np.uint64(64) - half))
-    if not forward:
-        left, right = right, left
+    for round_key in round_keys:
+        left, right = right, left ^ (_scramble(right ^ round_key) >> (np.uint64(64) - half))
     return left << half | right
+
+
+def _feistel_inverse(value: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
+    """`_feistel` undone, given its keys in reverse: the same network, whose halves enter and leave swapped."""
+    low = (np.uint64(1) << half) - np.uint64(1)
+    swapped = _feistel((value & low) << half | value >> half, half, round_keys)
+    return (swapped & low) << half | swapped >> half
+
+
+def _round_keys(key: int) -> np.ndarray:
+    return _scramble(np.uint64(key) + np.arange(ROUNDS, dtype=np.uint64))
 
 
 def _scramble(value: np.ndarray) -> np.ndarray:
@@ -103,15 +105,6 @@ def _scramble(value: np.ndarray) -> np.ndarray:
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return value ^ value >> np.uint64(31)
-
-
-def _aligned(index: Integers, n: Integers, key: Integers) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if np.any(np.asarray(n) > MAX_ROWS):
-        raise IndexError(f"a permutation of more than {MAX_ROWS} rows")
-    arrays = np.broadcast_arrays(
-        np.atleast_1d(np.asarray(index, np.int64)), np.asarray(n, np.int64), np.asarray(key, np.uint64)
-    )
-    return tuple(np.ascontiguousarray(array) for array in arrays)  # type: ignore[return-value]
 
 
 def skip(index: np.ndarray, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -169,9 +162,8 @@ class Mixture:
                 gained = drawn - template.drawn_before
                 owed = [o + s * length - int(g) for o, s, g in zip(owed, shares, gained, strict=True)]
 
-    def locate(self, index: Integers) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place in `sources`, k): a global sequence is the k-th drawn from its source; k counts from 0. int64."""
-        index = np.atleast_1d(np.asarray(index, np.int64))
         stage = np.searchsorted(self._starts, index, side="right") - 1
         sources, drawn = np.empty_like(index), np.empty_like(index)
         for number in np.unique(stage):

@@ -33,8 +33,8 @@ class _ShardFiles:
         out[opened] = True
         out[: int(start == 0)] = True
 
-    def fill(self, rows: np.ndarray, begins: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """Set `tokens[rows]` to the ids from `begins` on, and `starts[rows]` where documents open."""
+    def fill(self, begins: np.ndarray, rows: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """`TokenSource.fill_rows` for rows that lie in this shard."""
         length = tokens.shape[1]
         for row, begin in zip(rows.tolist(), begins.tolist(), strict=True):
             tokens[row] = self.tokens[begin : begin + length]
@@ -66,14 +66,12 @@ class TokenSource:
     Attributes:
         num_tokens, num_documents: sizes, BOS and EOS counted as tokens; 0 where nothing was held out.
         text_bytes: bytes of UTF-8 text that the documents hold.
-        dtype: of the stored ids.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: str) -> None:
         self.num_tokens = sum(shard.tokens for shard in shards)
         self.num_documents = sum(shard.documents for shard in shards)
         self.text_bytes = sum(shard.text_bytes for shard in shards)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
         self._shards = [_ShardFiles(folder, shard, dtype) for shard in shards]
         self._offsets = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
 
@@ -96,24 +94,23 @@ class TokenSource:
         ends = [shard.ends + np.uint64(offset) for shard, offset in zip(self._shards, self._offsets, strict=False)]
         return np.concatenate([np.empty(0, dtype=np.uint64), *ends])
 
-    def rows(self, begins: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `length` ids from each of `begins` (R,) on, as stored, and which of them open a document: (R, length).
+    def fill_rows(self, begins: np.ndarray, rows: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Set `tokens[rows[i]]`, (R, length), to the ids from `begins[i]` on, and `starts` where they open a document;
+        `starts` is False before.
 
         IndexError where a row reaches outside the source.
         """
-        tokens = np.empty((len(begins), length), dtype=self.dtype)
-        starts = np.zeros(tokens.shape, dtype=np.bool_)
+        length = tokens.shape[1]
         if len(begins):
             self._check_range(int(begins.min()), int(begins.max()) + length)
         numbers = np.searchsorted(self._offsets, begins, side="right") - 1
         whole = begins + length <= self._offsets[numbers + 1]
-        for row in np.flatnonzero(~whole):
-            self.copy(int(begins[row]), int(begins[row]) + length, tokens[row])
-            self._mark(int(begins[row]), int(begins[row]) + length, starts[row])
+        for row, begin in zip(rows[~whole].tolist(), begins[~whole].tolist(), strict=True):
+            self.copy(begin, begin + length, tokens[row])
+            self._mark(begin, begin + length, starts[row])
         for number in np.unique(numbers[whole]):
-            here = np.flatnonzero(whole & (numbers == number))
-            self._shards[number].fill(here, begins[here] - self._offsets[number], tokens, starts)
-        return tokens, starts
+            here = whole & (numbers == number)
+            self._shards[number].fill(begins[here] - self._offsets[number], rows[here], tokens, starts)
 
     def problems(self, vocab_size: int, bos_id: int, eos_id: int) -> Iterator[str | None]:
         """For every shard what is wrong with it or None: ids in range, documents in order, each from BOS to EOS."""

@@ -21,14 +21,14 @@ import xxhash
 
 from data.batch import Batch, Sequences
 from data.errors import DataError
-from data.order import BLOCK_ROWS, WINDOW_BLOCKS, Mixture, permute, permute_in_windows, skip
+from data.order import Mixture, permute, permute_in_windows, skip
 from data.packing import BestFit, Chunks
 from data.shards import TokenCorpus, TokenSource
 from data.spec import StreamSpec
 from data.stream import Stream
 
 PLANS = "packing"
-STRETCH = BLOCK_ROWS * WINDOW_BLOCKS
+LOCATED_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TokenStream(Stream):
         ]
         self._num_rows = np.array([rows.num_rows for rows in self._rows], dtype=np.int64)
         self._permute = permute_in_windows if spec.shuffle == "windowed" else permute
-        self._stretch = lru_cache(maxsize=4 * len(self._sources))(self._permuted)
+        self._located = lru_cache(maxsize=8)(self._locate_stretch)
         self._places = np.array([corpus.sources.index(name) for name in self._mixture.sources])
         for name, source, rows in zip(self._mixture.sources, self._sources, self._rows, strict=True):
             if rows.num_rows == 0:
@@ -115,16 +115,15 @@ class TokenStream(Stream):
     def sequences(self, source: np.ndarray, row: np.ndarray) -> Sequences:
         """Rows as they are stored; `source` (B,) are places in the mixture's sources."""
         shape = (len(row), self.seq_len + 1)
-        tokens = np.empty(shape, dtype=self.corpus.manifest.dtype)
-        starts = np.empty(shape, dtype=np.bool_)
+        tokens = np.empty(shape, dtype=np.int64)
+        starts = np.zeros(shape, dtype=np.bool_)
         lengths = np.full(len(row), self.seq_len, dtype=np.int64)
         ends = np.zeros((len(row), self.seq_len), dtype=np.bool_) if self.spec.packing == "best_fit" else None
         for place in np.unique(source):
             here = np.flatnonzero(source == place)
             rows = self._rows[place]
             if isinstance(rows, Chunks):
-                begins = rows.begins(row[here])
-                tokens[here], starts[here] = self._sources[place].rows(begins, self.seq_len + 1)
+                self._sources[place].fill_rows(rows.begins(row[here]), here, tokens, starts)
                 continue
             assert ends is not None
             for at in here.tolist():
@@ -137,7 +136,6 @@ class TokenStream(Stream):
     ) -> int:
         """Lay the pieces of one row side by side; returns the inputs filled. Each piece opens a span of its own."""
         tokens[:] = self.text.eos_id
-        starts[:] = False
         filled = 0
         for begin, length in plan.spans(row):
             source.copy(begin, begin + length, tokens[filled : filled + length])
@@ -146,25 +144,28 @@ class TokenStream(Stream):
             ends[filled - 1] = True
         return filled
 
-    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _locate(self, indices: np.ndarray) -> np.ndarray:
+        """Place in the mixture's sources, epoch and row of every sequence, (3, B)."""
         if np.any(indices < 0):
             raise IndexError("sequence indices start at 0")
+        stretch, inside = np.divmod(indices, LOCATED_AT_ONCE)
+        if stretch[0] == stretch[-1] and np.all(stretch == stretch[0]):
+            return self._located(int(stretch[0]))[:, inside]
+        parts = [self._located(int(number))[:, place, None] for number, place in zip(stretch, inside, strict=True)]
+        return np.concatenate(parts, axis=1)
+
+    def _locate_stretch(self, stretch: int) -> np.ndarray:
+        """(3, LOCATED_AT_ONCE): neighbours are asked for next, and many cost hardly more than one."""
+        indices = np.arange(stretch * LOCATED_AT_ONCE, (stretch + 1) * LOCATED_AT_ONCE)
         source, drawn = self._mixture.locate(skip(indices, self.spec.skip_ranges))
         epoch, place = np.divmod(drawn, self._num_rows[source])
-        stretch, inside = np.divmod(place, STRETCH)
-        stretches, owner = np.unique(np.stack([source, epoch, stretch]), axis=1, return_inverse=True)
         row = np.empty_like(place)
-        for number, which in enumerate(stretches.T.tolist()):
-            here = owner == number
-            row[here] = self._stretch(*which)[inside[here]]
-        return source, epoch, row
-
-    def _permuted(self, source: int, epoch: int, stretch: int) -> np.ndarray:
-        """Rows of the places `stretch * STRETCH ..` of an epoch; neighbours are asked for next, so all at once."""
-        num_rows = int(self._num_rows[source])
-        places = np.arange(stretch * STRETCH, min((stretch + 1) * STRETCH, num_rows))
-        key = xxhash.xxh3_64_intdigest(f"{self.spec.seed}/{self._mixture.sources[source]}/{epoch}".encode())
-        return self._permute(places, num_rows, key)
+        for number in np.unique(source).tolist():
+            for own_epoch in np.unique(epoch[source == number]).tolist():
+                here = (source == number) & (epoch == own_epoch)
+                key = xxhash.xxh3_64_intdigest(f"{self.spec.seed}/{self._mixture.sources[number]}/{own_epoch}".encode())
+                row[here] = self._permute(place[here], int(self._num_rows[number]), key)
+        return np.stack([source, epoch, row])
 
     def _cut(self, name: str, source: TokenSource) -> Chunks | BestFit:
         if self.spec.packing == "chunk":

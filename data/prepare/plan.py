@@ -7,6 +7,7 @@ Seed, de-duplication and the like come later, so a run that changes only those f
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -69,7 +70,8 @@ def resolve_all(sources: Sequence[SourceSpec]) -> tuple[tuple[SourceFile, ...], 
     for spec in sources:
         files = tuple(resolve(spec))
         for file in files:
-            other = owner.setdefault((file.url, spec.text_field), spec.name)
+            path = file.url if "://" in file.url else os.path.realpath(file.url)
+            other = owner.setdefault((path, spec.text_field), spec.name)
             if other != spec.name:
                 raise DataError(f"{file.url}: belongs to sources {other} and {spec.name}, give it once")
         if not any(file.size for file in files):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -47,15 +47,26 @@ def open_unpacked(spec: SourceSpec, file: SourceFile) -> BinaryIO:
     return io.BufferedReader(_Chunks(_unpack(raw, file), raw), READ_AT_ONCE)
 
 
+def require_expansion(file: SourceFile, unpacked: int) -> None:
+    """Raise DataError when `unpacked` bytes, or characters, are far too many for a file of this size."""
+    if unpacked > EXPANSION_SLACK + MAX_EXPANSION * file.size:
+        raise DataError(f"{file.url}: unpacks to more than {MAX_EXPANSION} times its size")
+
+
 @contextmanager
-def parquet_file(spec: SourceSpec, file: SourceFile) -> Iterator[pq.ParquetFile]:
-    """An open parquet file whose pages are checked against their checksums where it has them."""
-    with (
-        errors_name(file.url),
-        closing(open_binary(spec, file.url)) as raw,
-        pq.ParquetFile(raw, page_checksum_verification=True) as parquet,
-    ):
-        yield parquet
+def parquet_file(spec: SourceSpec, file: SourceFile, columns: Sequence[str] = ()) -> Iterator[pq.ParquetFile]:
+    """An open parquet file whose pages are checked against their checksums where it has them.
+
+    Strings of `columns` come as indices into dictionaries: a small file may repeat a long one a million times.
+    """
+    with errors_name(file.url), closing(open_binary(spec, file.url)) as raw:
+        metadata = pq.read_metadata(raw)
+        there = {metadata.schema.column(number).path for number in range(metadata.num_columns)}
+        dictionaries = sorted(there.intersection(columns))
+        with pq.ParquetFile(
+            raw, metadata=metadata, page_checksum_verification=True, read_dictionary=dictionaries
+        ) as parquet:
+            yield parquet
 
 
 @contextmanager
@@ -154,11 +165,10 @@ class _Chunks(io.RawIOBase):
 
 
 def _unpack(raw: BinaryIO, file: SourceFile) -> Iterator[bytes]:
-    budget = EXPANSION_SLACK + MAX_EXPANSION * file.size
+    unpacked = 0
     for chunk in _members(iter(lambda: raw.read(PACKED_AT_ONCE), b""), str(file.compression)):
-        budget -= len(chunk)
-        if budget < 0:
-            raise DataError(f"{file.url}: unpacks to more than {MAX_EXPANSION} times its size")
+        unpacked += len(chunk)
+        require_expansion(file, unpacked)
         yield chunk
 
 

@@ -6,9 +6,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import repeat
 from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute
 import zstandard
 
 from data import documents
@@ -22,7 +24,7 @@ from data.documents import (
     text_of,
 )
 from data.errors import DataError
-from data.sources.open import arrow_batches, open_unpacked, parquet_file
+from data.sources.open import arrow_batches, open_unpacked, parquet_file, require_expansion
 from data.sources.resolve import SourceFile, errors_name, one_line, resolve
 from data.sources.spec import TOKEN_FORMATS, SourceSpec
 from data.sources.units import Unit, is_split_by_bytes, plan_units
@@ -196,15 +198,19 @@ _TEXT_ROWS = {"line": _text_lines, "paragraph": _text_paragraphs, "document": _t
 def _column_rows(spec: SourceSpec, unit: Unit) -> Iterator[Found]:
     columns = [spec.text_field] + ([spec.language_field] if spec.language is None else [])
     batches = _parquet_batches if unit.file.format == "parquet" else _arrow_batches
+    unpacked = 0
     for batch in batches(spec, unit, columns):
-        texts = _values(batch.column(0))
-        languages = _values(batch.column(1)) if len(columns) == 2 else [None] * len(texts)
+        texts = map(_value, batch.column(0))
+        languages = map(_value, batch.column(1)) if len(columns) == 2 else repeat(None, batch.num_rows)
         for text, language in zip(texts, languages, strict=True):
-            yield text if isinstance(text, RowProblem) else (text, language)
+            unpacked += len(text) if isinstance(text, str) else 0
+            require_expansion(unit.file, unpacked)
+            problem = next((value for value in (text, language) if isinstance(value, RowProblem)), None)
+            yield problem or (text, language)
 
 
 def _parquet_batches(spec: SourceSpec, unit: Unit, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    with parquet_file(spec, unit.file) as parquet:
+    with parquet_file(spec, unit.file, columns) as parquet:
         _require_columns(unit.file, parquet.schema_arrow, columns)
         begin = 0
         for number in range(parquet.metadata.num_row_groups):
@@ -220,7 +226,10 @@ def _arrow_batches(spec: SourceSpec, unit: Unit, columns: list[str]) -> Iterator
         for piece in _slices(batches, 0, unit):
             _require_columns(unit.file, piece.schema, columns)
             for start in range(0, piece.num_rows, ROWS_AT_ONCE):
-                yield piece.slice(start, ROWS_AT_ONCE).select(columns)
+                batch = piece.slice(start, ROWS_AT_ONCE).select(columns)
+                for column in batch.columns:
+                    _require_inside(column)
+                yield batch
 
 
 def _slices(batches: Iterator[pa.RecordBatch], begin: int, unit: Unit) -> Iterator[pa.RecordBatch]:
@@ -242,18 +251,26 @@ def _require_columns(file: SourceFile, schema: pa.Schema, columns: list[str]) ->
         kind = schema.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
-            raise DataError(f"{file.url}: column {column!r} must hold strings, it holds {kind}")
+            raise DataError(f"{file.url}: column {column!r} must hold strings, it holds {value}")
 
 
-def _values(column: pa.Array) -> list[object]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_value(item) for item in column]
+# Types whose values are bytes, so that looking at their offsets does not look at their UTF-8.
+_AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+def _require_inside(column: pa.Array) -> None:
+    """Raise ArrowInvalid where offsets or indices of strings point outside: a mapped file may hold any."""
+    if pa.types.is_dictionary(column.type):
+        pa.compute.take(pa.nulls(len(column.dictionary)), column.indices)
+        column = column.dictionary
+    column.view(_AS_BYTES[column.type]).validate(full=True)
 
 
 def _value(item: pa.Scalar) -> object:
     try:
-        return item.as_py()
+        value = item.as_py()
     except UnicodeDecodeError:
         return RowProblem("not valid UTF-8")
+    if isinstance(value, str) and 4 * len(value) > documents.MAX_ROW_BYTES < len(value.encode()):
+        return RowProblem(f"row is longer than {documents.MAX_ROW_BYTES} bytes")
+    return value

@@ -126,12 +126,11 @@ class Feed:
         if self._loaded == (epoch, unit):
             return
         place = self._stream + unit * streams
-        number = int(permute(np.array(place), np.array(self._num_units), self._hash(epoch))[0])
+        number = int(permute(np.array([place]), self._num_units, self._hash(epoch))[0])
         self._texts = self._reader.texts(self._source, number)
         rows = np.arange(len(self._texts))
-        self._order = permute(rows, np.array(len(rows)), self._hash(epoch, number)).tolist()
+        self._order = permute(rows, len(rows), self._hash(epoch, number)).tolist()
         self._loaded = epoch, unit
 
-    def _hash(self, *numbers: int) -> np.ndarray:
-        name = "/".join([self._key, *map(str, numbers)])
-        return np.array(xxhash.xxh3_64_intdigest(name.encode()), dtype=np.uint64)
+    def _hash(self, *numbers: int) -> int:
+        return xxhash.xxh3_64_intdigest("/".join([self._key, *map(str, numbers)]).encode())

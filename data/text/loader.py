@@ -160,7 +160,7 @@ class TextLoader:
     def _batch(self, tokens: np.ndarray, starts: np.ndarray, sources: np.ndarray) -> Batch:
         lengths = np.full(len(tokens), self._stream.seq_len, dtype=np.int64)
         languages = self._stream.source_languages[sources]
-        return self._stream.assemble(Sequences(tokens, starts, lengths, languages, sources))
+        return self._stream.assemble(Sequences(tokens.astype(np.int64), starts, lengths, languages, sources))
 
     def _note(self, row: BadRow) -> None:
         self.bad_rows[row.source] += 1

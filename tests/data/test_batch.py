@@ -13,7 +13,7 @@ L = 6
 
 def sequences(starts_at: list[list[int]], lengths: list[int]) -> Sequences:
     rows = len(lengths)
-    tokens = np.arange(100, 100 + rows * (L + 1), dtype=np.uint16).reshape(rows, L + 1)
+    tokens = np.arange(100, 100 + rows * (L + 1), dtype=np.int64).reshape(rows, L + 1)
     starts = np.zeros(tokens.shape, dtype=np.bool_)
     for row, places in enumerate(starts_at):
         starts[row, places] = True

@@ -41,14 +41,6 @@ def test_a_window_reads_whole_blocks() -> None:
     assert sum(abs(a - b) == 1 for a, b in zip(rows, rows[1:], strict=False)) < 30
 
 
-def test_elements_have_their_own_domain_and_key() -> None:
-    sizes, own_keys = np.array([10, 700, 33]), np.array([1, 2, 3], dtype=np.uint64)
-    for shuffle in (permute, permute_in_windows):
-        together = shuffle(np.array([3, 600, 32]), sizes, own_keys)
-        alone = [int(shuffle(i, n, k)[0]) for i, n, k in zip([3, 600, 32], sizes, own_keys, strict=True)]
-        assert together.tolist() == alone
-
-
 def test_permute_shuffles_well() -> None:
     n = 1000
     orders = [permute(np.arange(n), n, key) for key in range(20)]
@@ -67,25 +59,25 @@ def test_permute_on_huge_and_impossible_domains() -> None:
         assert np.all((places >= 0) & (places < n))
         for index in (-1, 3):
             with pytest.raises(IndexError):
-                shuffle(index, 3, 0)
+                shuffle(np.array([index]), 3, 0)
     with pytest.raises(IndexError, match="more than"):
-        permute(0, 1 << 54, 0)
+        permute(np.arange(2), 1 << 54, 0)
 
 
 def test_the_order_is_frozen() -> None:
     """A change of this order would silently change the data of every checkpoint: bump STREAM_VERSION with it."""
     assert permute(np.arange(10), 10, 42).tolist() == [3, 7, 6, 0, 8, 4, 5, 1, 9, 2]
     assert permute_in_windows(np.arange(4000, 4010), 5000, 42).tolist() == [
-        4906,
-        4582,
-        829,
-        1145,
-        4572,
-        2421,
-        923,
-        2973,
-        4002,
-        4373,
+        844,
+        2725,
+        519,
+        3604,
+        3618,
+        570,
+        4397,
+        3369,
+        1288,
+        4892,
     ]
     assert single({"en": "0.7", "zh": "0.3"}).locate(np.arange(10))[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
 
@@ -150,7 +142,7 @@ def test_weights_mean_what_is_written() -> None:
 
 
 def test_far_positions_are_located_at_once() -> None:
-    source, drawn = single({"en": "0.7", "zh": "0.3"}).locate(10**17)
+    source, drawn = single({"en": "0.7", "zh": "0.3"}).locate(np.array([10**17]))
     assert (source.tolist(), drawn.tolist()) == ([0], [7 * 10**16])
 
 

@@ -225,16 +225,17 @@ def test_shards_read_as_one(small_corpus: TokenCorpus, cut_corpus: TokenCorpus) 
 def test_rows_are_slices(cut_corpus: TokenCorpus, data: st.DataObject, length: int) -> None:
     source = cut_corpus.split("train").source("en")
     begins = np.array(data.draw(st.lists(st.integers(0, source.num_tokens - length), max_size=4)), dtype=np.int64)
-    tokens, starts = source.rows(begins, length)
-    assert starts.shape == tokens.shape == (len(begins), length)
-    assert tokens.dtype == source.dtype
-    for row, begin in enumerate(begins.tolist()):
+    rows = np.arange(len(begins))[::-1] + 1
+    tokens, starts = np.full((len(begins) + 2, length), 7), np.zeros((len(begins) + 2, length), dtype=np.bool_)
+    source.fill_rows(begins, rows, tokens, starts)
+    for row, begin in zip(rows.tolist(), begins.tolist(), strict=True):
         assert np.array_equal(tokens[row], source.tokens(begin, begin + length))
         assert np.array_equal(starts[row], source.document_starts(begin, begin + length))
-    beyond = np.array([*begins, source.num_tokens - length + 1])
+    assert np.all(tokens[[0, -1]] == 7)
+    beyond = np.array([source.num_tokens - length + 1])
     for outside in (beyond, -1 - beyond):
         with pytest.raises(IndexError):
-            source.rows(outside, length)
+            source.fill_rows(outside, np.array([0]), tokens, starts)
 
 
 def test_a_source_without_validation_is_empty(tmp_path: Path) -> None:
@@ -243,7 +244,6 @@ def test_a_source_without_validation_is_empty(tmp_path: Path) -> None:
     source = corpus.split("validation").source("one")
     assert (source.num_tokens, source.num_documents, source.text_bytes) == (0, 0, 0)
     assert len(source.tokens(0, 0)) == len(source.document_ends()) == 0
-    assert source.rows(np.empty(0, np.int64), 5)[0].shape == (0, 5)
     with pytest.raises(IndexError):
         source.tokens(0, 1)
     assert corpus.manifest.validation == {}
