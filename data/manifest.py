@@ -9,6 +9,7 @@ cannot point outside its folder.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -132,20 +133,25 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path}: not a JSON object")
     if content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version")
-        raise DataError(f"{path}: format_version is {found!r}, this program reads {FORMAT_VERSION}: prepare it again")
+        raise DataError(
+            f"{path}: format_version is {found!r:.40}, this program reads {FORMAT_VERSION}: prepare it again"
+        )
     return _check(_parse(content, str(path)), str(path))
 
 
 def _parse(content: Mapping[str, object], where: str) -> Manifest:
     sources = _entries(content, "sources", where)
     baselines = _entries(content, "validation", where)
+    for name in (*sources, *baselines):
+        if not NAME.fullmatch(name):
+            raise DataError(f"{where}: {name!r:.80}: bad source name or language")
     return Manifest(
         dtype=_field(content, "dtype", str, where),
         vocab_size=_field(content, "vocab_size", int, where),
         bos_id=_field(content, "bos_id", int, where),
         eos_id=_field(content, "eos_id", int, where),
         tokenizer_xxh3=_field(content, "tokenizer_xxh3", str, where),
-        seed=_field(content, "seed", int, where),
+        seed=_count(content, "seed", where),
         held_out=_field(content, "held_out", str, where),
         sources={name: _parse_source(entry, f"{where}: sources: {name}") for name, entry in sources.items()},
         shards=tuple(_parse_shard(entry, f"{where}: shards") for entry in _objects(content, "shards", where)),
@@ -157,19 +163,19 @@ def _parse_source(entry: Mapping[str, object], where: str) -> SourceRecord:
     filtered = _field(entry, "filtered", dict, where)
     return SourceRecord(
         language=_field(entry, "language", str, where),
-        weight=_field(entry, "weight", float, where),
+        weight=_amount(entry, "weight", where),
         files=tuple(_parse_file(file, f"{where}: files") for file in _objects(entry, "files", where)),
-        documents=_field(entry, "documents", int, where),
-        duplicates=_field(entry, "duplicates", int, where),
-        filtered={reason: _field(filtered, reason, int, where) for reason in filtered},
-        quarantined=_field(entry, "quarantined", int, where),
+        documents=_count(entry, "documents", where),
+        duplicates=_count(entry, "duplicates", where),
+        filtered={reason: _count(filtered, reason, where) for reason in filtered},
+        quarantined=_count(entry, "quarantined", where),
     )
 
 
 def _parse_file(entry: Mapping[str, object], where: str) -> FileRecord:
     return FileRecord(
         name=_field(entry, "name", str, where),
-        size=_field(entry, "size", int, where),
+        size=_count(entry, "size", where),
         stamp=_field(entry, "stamp", str, where),
     )
 
@@ -180,7 +186,7 @@ def _parse_shard(entry: Mapping[str, object], where: str) -> Shard:
         source=_field(entry, "source", str, where),
         number=_field(entry, "number", int, where),
         tokens=_field(entry, "tokens", int, where),
-        documents=_field(entry, "documents", int, where),
+        documents=_count(entry, "documents", where),
         text_bytes=_field(entry, "text_bytes", int, where),
         tokens_xxh3=_field(entry, "tokens_xxh3", str, where),
         index_xxh3=_field(entry, "index_xxh3", str, where),
@@ -189,8 +195,8 @@ def _parse_shard(entry: Mapping[str, object], where: str) -> Shard:
 
 def _parse_baseline(entry: Mapping[str, object], where: str) -> Baseline:
     return Baseline(
-        xz_bits_per_byte=_field(entry, "xz_bits_per_byte", float, where),
-        xz_primed_bits_per_byte=_field(entry, "xz_primed_bits_per_byte", float, where),
+        xz_bits_per_byte=_amount(entry, "xz_bits_per_byte", where),
+        xz_primed_bits_per_byte=_amount(entry, "xz_primed_bits_per_byte", where),
     )
 
 
@@ -199,10 +205,15 @@ def _check(manifest: Manifest, where: str) -> Manifest:
         raise DataError(f"{where}: dtype is {manifest.dtype!r}, allowed: {', '.join(DTYPES)}")
     if not 0 < manifest.vocab_size <= 1 << 31:
         raise DataError(f"{where}: vocab_size {manifest.vocab_size} is out of range")
+    specials = {manifest.bos_id, manifest.eos_id}
+    if len(specials) < 2 or not 0 <= min(specials) <= max(specials) < manifest.vocab_size:
+        raise DataError(
+            f"{where}: bos_id and eos_id {manifest.bos_id}, {manifest.eos_id} must be two of the vocabulary"
+        )
     _check_held_out(manifest, where)
     for name, source in manifest.sources.items():
-        if not NAME.fullmatch(name) or not LANGUAGE.fullmatch(source.language):
-            raise DataError(f"{where}: {name!r:.80} of {source.language!r:.40}: bad source name or language")
+        if not LANGUAGE.fullmatch(source.language):
+            raise DataError(f"{where}: {name} of {source.language!r:.40}: bad source name or language")
     for shard in manifest.shards:
         if shard.split not in SPLITS or shard.source not in manifest.sources:
             raise DataError(f"{where}: unknown split or source {shard.split!r:.40} {shard.source!r:.80}")
@@ -240,6 +251,20 @@ def _field(content: Mapping[str, object], key: str, kind: type[T], where: str) -
     if not isinstance(value, kind) or isinstance(value, bool):
         raise DataError(f"{where}: `{key}` must be a {kind.__name__}, found {value!r:.40}")
     return value
+
+
+def _count(content: Mapping[str, object], key: str, where: str) -> int:
+    count = _field(content, key, int, where)
+    if count < 0:
+        raise DataError(f"{where}: `{key}` must be 0 or more, found {count!r:.40}")
+    return count
+
+
+def _amount(content: Mapping[str, object], key: str, where: str) -> float:
+    amount = _field(content, key, float, where)
+    if not 0 <= amount < math.inf:
+        raise DataError(f"{where}: `{key}` must be a number of 0 or more, found {amount}")
+    return amount
 
 
 def _objects(content: Mapping[str, object], key: str, where: str) -> list[dict[str, object]]:

@@ -7,14 +7,15 @@ modeling", 2024): few documents are cut, and what stays free is padding, counted
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from data.files import writing_whole
+
+HEADER = 4
 PACKINGS = ("chunk", "best_fit")
 
 
@@ -85,10 +86,9 @@ class BestFit:
 
     @classmethod
     def cached(cls, path: Path, document_ends: np.ndarray, seq_len: int) -> BestFit:
-        """The plan kept in the file `path`, made there when it is missing; made in memory where that cannot be
-        written."""
-        documents = f"{len(document_ends)}/{int(document_ends[-1:].sum())}/{seq_len}"
-        name = xxhash.xxh3_64_intdigest(documents.encode())
+        """The plan kept in the file `path`, made there when it is missing or damaged; made in memory where that
+        cannot be written."""
+        name = xxhash.xxh3_64_intdigest(np.ascontiguousarray(document_ends, "<u8"), seq_len)
         if (plan := _read(path, seq_len, name)) is not None:
             return plan
         plan = cls.plan(document_ends, seq_len)
@@ -149,15 +149,17 @@ def _best_fit_decreasing(lengths: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def _read(path: Path, seq_len: int, name: int) -> BestFit | None:
-    """The plan in `path`; None when there is none, or it is cut short or of other documents."""
-    if not path.is_file() or path.stat().st_size < 3 * 8 or path.stat().st_size % 8:
+    """The plan in `path`; None when there is none, or it is damaged or of other documents."""
+    if not path.is_file() or path.stat().st_size < HEADER * 8 or path.stat().st_size % 8:
         return None
     content = np.memmap(path, dtype="<u8", mode="r")
-    found, pieces, rows = (int(number) for number in content[:3])
+    found, digest, pieces, rows = (int(number) for number in content[:HEADER])
     half = (pieces + 1) // 2
-    if found != name or len(content) != 3 + pieces + half + rows + 1:
+    if found != name or len(content) != HEADER + pieces + half + rows + 1:
         return None
-    begins, lengths, first_piece = np.split(content[3:], [pieces, pieces + half])
+    if xxhash.xxh3_64_intdigest(content[HEADER:]) != digest:
+        return None
+    begins, lengths, first_piece = np.split(content[HEADER:], [pieces, pieces + half])
     return BestFit(seq_len, begins, lengths.view("<u4")[:pieces], first_piece)
 
 
@@ -165,8 +167,10 @@ def _write(path: Path, plan: BestFit, name: int) -> None:
     path.parent.mkdir(exist_ok=True)
     lengths = np.zeros((len(plan.lengths) + 1) // 2 * 2, dtype="<u4")
     lengths[: len(plan.lengths)] = plan.lengths
-    header = np.array([name, len(plan.lengths), plan.num_rows], dtype="<u8")
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".plan-", delete=False) as file:
+    digest = xxhash.xxh3_64()
+    for array in (plan.begins, lengths, plan.first_piece):
+        digest.update(array)
+    header = np.array([name, digest.intdigest(), len(plan.lengths), plan.num_rows], dtype="<u8")
+    with writing_whole(path) as file:
         for array in (header, plan.begins, lengths, plan.first_piece):
             file.write(array.tobytes())
-    os.replace(file.name, path)

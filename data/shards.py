@@ -38,8 +38,9 @@ class _ShardFiles:
         length = tokens.shape[1]
         for row, begin in zip(rows.tolist(), begins.tolist(), strict=True):
             tokens[row] = self.tokens[begin : begin + length]
-        first = np.searchsorted(self.ends, begins.astype(np.uint64))
-        counts = np.searchsorted(self.ends, (begins + length).astype(np.uint64)) - first
+        edges = np.concatenate([begins, begins + length]).astype(np.uint64)
+        first, last = np.searchsorted(self.ends, edges).reshape(2, -1)
+        counts = last - first
         owner = np.repeat(np.arange(len(rows)), counts)
         number = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         opened = self.ends[first[owner] + number].astype(np.int64) - begins[owner]
@@ -103,6 +104,9 @@ class TokenSource:
         length = tokens.shape[1]
         if len(begins):
             self._check_range(int(begins.min()), int(begins.max()) + length)
+        if len(self._shards) == 1:
+            self._shards[0].fill(begins, rows, tokens, starts)
+            return
         numbers = np.searchsorted(self._offsets, begins, side="right") - 1
         whole = begins + length <= self._offsets[numbers + 1]
         for row, begin in zip(rows[~whole].tolist(), begins[~whole].tolist(), strict=True):
@@ -224,8 +228,12 @@ class TokenCorpus:
             _check_digest(self.folder / shard.idx_name, shard.index_xxh3)
 
     def verify(self) -> None:
-        """`check_digests`, and raise DataError where ids or document ends make no sense."""
+        """`check_digests`, and raise DataError where ids or document ends make no sense, or a shard is not listed."""
         self.check_digests()
+        listed = {name for shard in self.manifest.shards for name in (shard.bin_name, shard.idx_name)}
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in (".bin", ".idx") and path.name not in listed:
+                raise DataError(f"{path}: is not in the manifest")
         for split, name in ((split, name) for split in SPLITS for name in self.sources):
             problems = self._splits[split][name].problems(self.vocab_size, self.bos_id, self.eos_id)
             for shard, problem in zip(self._shards(split, name), problems, strict=True):

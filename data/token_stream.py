@@ -119,9 +119,8 @@ class TokenStream(Stream):
         starts = np.zeros(shape, dtype=np.bool_)
         lengths = np.full(len(row), self.seq_len, dtype=np.int64)
         ends = np.zeros((len(row), self.seq_len), dtype=np.bool_) if self.spec.packing == "best_fit" else None
-        for place in np.unique(source):
+        for place, rows in enumerate(self._rows):
             here = np.flatnonzero(source == place)
-            rows = self._rows[place]
             if isinstance(rows, Chunks):
                 self._sources[place].fill_rows(rows.begins(row[here]), here, tokens, starts)
                 continue

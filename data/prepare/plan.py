@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -116,8 +117,14 @@ def open_plan(work: Path, sources: Sequence[SourceSpec], tokenizer_xxh3: str, fi
 
 
 def read_plan(work: Path) -> Plan:
-    """The plan that `open_plan` wrote into `work`."""
-    content = json.loads((work / PLAN).read_bytes())
+    """The plan that `open_plan` wrote into `work`. DataError: it is damaged."""
+    try:
+        return _parse(json.loads((work / PLAN).read_bytes()))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{work / PLAN}: is damaged; remove {work} to begin anew") from error
+
+
+def _parse(content: Mapping[str, Any]) -> Plan:
     return Plan(
         tokenizer_xxh3=content["tokenizer_xxh3"],
         filters=Filters(**content["filters"]),

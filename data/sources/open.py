@@ -121,8 +121,8 @@ def megatron_index(spec: SourceSpec, file: SourceFile) -> MegatronIndex:
 
 
 def _is_consistent(index: MegatronIndex, size: int) -> bool:
-    ends = index.offsets + index.sizes.astype(np.int64) * index.dtype.itemsize
-    inside = bool(np.all(index.sizes >= 0) and np.all(index.offsets >= 0) and np.all(ends <= size))
+    last = size - index.sizes.astype(np.int64) * index.dtype.itemsize  # offset + size could overflow
+    inside = bool(np.all(index.sizes >= 0) and np.all(index.offsets >= 0) and np.all(index.offsets <= last))
     ordered = index.documents[0] == 0 and index.documents[-1] == len(index.sizes)
     return bool(inside and ordered and np.all(np.diff(index.documents) >= 0))
 

@@ -162,20 +162,22 @@ def _text_lines(spec: SourceSpec, unit: Unit) -> Iterator[Found]:
 
 def _text_paragraphs(spec: SourceSpec, unit: Unit) -> Iterator[Found]:
     """Paragraphs end at lines that hold blanks alone."""
-    paragraph: list[bytes | None] = []
+    paragraph: list[bytes] = []
+    size = 0
     for line in _lines(spec, unit):
         if line is None or line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield _joined(paragraph)
-            paragraph = []
-    if paragraph:
-        yield _joined(paragraph)
+            size += documents.MAX_ROW_BYTES + 1 if line is None else len(line)
+            if line is not None and size <= documents.MAX_ROW_BYTES:
+                paragraph.append(line)
+        elif size:
+            yield _joined(paragraph, size)
+            paragraph, size = [], 0
+    if size:
+        yield _joined(paragraph, size)
 
 
-def _joined(paragraph: list[bytes | None]) -> Found:
-    lines = [line for line in paragraph if line is not None]
-    return _text_row(b"".join(lines).rstrip(b"\r\n") if len(lines) == len(paragraph) else None)
+def _joined(paragraph: list[bytes], size: int) -> Found:
+    return _text_row(b"".join(paragraph).rstrip(b"\r\n") if size <= documents.MAX_ROW_BYTES else None)
 
 
 def _text_files(spec: SourceSpec, unit: Unit) -> Iterator[Found]:

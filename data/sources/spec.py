@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMATS = ("auto", "parquet", "jsonl", "text", "arrow", "hub", "megatron", "olmo
 TOKEN_FORMATS = ("megatron", "olmo")
 SAMPLE_BY = ("line", "paragraph", "document")
 TOKEN_TYPES = ("uint16", "uint32", "int32", "int64", "uint64")
+MAX_OPTIONS = 1000
 SECRET = re.compile(r"key|secret|token|password|passwd|credential|authorization", re.IGNORECASE)
 
 
@@ -72,8 +74,10 @@ class SourceSpec:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise DataError(f"{where}: {key}: {getattr(self, key)!r:.40} is unknown, allowed: {', '.join(allowed)}")
-        if secret := _secret_key(self.storage_options):
-            raise DataError(f"{where}: storage_options: {secret} looks like a secret, the environment holds those")
+        if _is_large(self.storage_options):
+            raise DataError(f"{where}: storage_options: more than {MAX_OPTIONS} entries, or one inside itself")
+        if secret := _secret_key(self.storage_options) or _secret_in(self.path):
+            raise DataError(f"{where}: {secret} looks like a secret, the environment holds those")
 
 
 def spec_from_mapping(name: str, entry: object) -> SourceSpec:
@@ -82,29 +86,36 @@ def spec_from_mapping(name: str, entry: object) -> SourceSpec:
     Raises:
         DataError: an unknown field, a wrong type, a value out of range.
     """
+    if not NAME.fullmatch(name):
+        raise DataError(f"source {name!r:.80}: a name has a-z, 0-9, '.', '_', '-' only, 64 at most")
     entry = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping):
-        raise DataError(f"source {name}: must be a path or a mapping of fields, found {entry!r:.40}")
+        raise DataError(f"source {name}: must be a path or a mapping of fields, found {shown(entry)}")
     entry = dict(entry)
     weight = _weight(name, entry.pop("weight", 1.0))
     known = [field.name for field in fields(SourceSpec) if field.name != "name"]
     for key, value in entry.items():
         if key not in known:
-            raise DataError(f"source {name}: {key!r:.40} is unknown, allowed: {', '.join(known)}")
+            raise DataError(f"source {name}: {shown(key)} is unknown, allowed: {', '.join(known)}")
         expected = Mapping if key == "storage_options" else str
         if not isinstance(value, expected) and not (value is None and key in ("language", "config", "revision")):
             kind = "a mapping" if expected is Mapping else "a string"
-            raise DataError(f"source {name}: {key}: must be {kind}, found {value!r:.40}")
+            raise DataError(f"source {name}: {key}: must be {kind}, found {shown(value)}")
     if "path" not in entry:
         raise DataError(f"source {name}: path is missing")
     return SourceSpec(name=str(name), weight=weight, **entry)
 
 
+def shown(value: object) -> str:
+    """A value of any kind in at most 40 characters; YAML anchors can make a few lines stand for gigabytes."""
+    return f"{reprlib.repr(value):.40}"
+
+
 def _weight(name: str, value: object) -> float:
     try:
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"source {name}: weight: {value!r:.40} is not a number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"source {name}: weight: {shown(value)} is not a number") from error
 
 
 def read_sources_file(path: str | Path) -> list[SourceSpec]:
@@ -152,7 +163,25 @@ def source_of_path(path: str | Path) -> SourceSpec:
 def _secret_key(options: Mapping[str, object]) -> str | None:
     for key, value in options.items():
         if SECRET.search(str(key)):
-            return str(key)
-        if isinstance(value, Mapping) and (inner := _secret_key(value)):
-            return inner
+            return f"storage_options: {key!r:.40}"
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping) and (found := _secret_key(inner)):
+                return found
     return None
+
+
+def _secret_in(path: str) -> str | None:
+    """A password in an address; the manifest and messages would show it."""
+    authority = path.partition("://")[2].partition("/")[0]
+    return "path: its password" if ":" in authority.rpartition("@")[0] else None
+
+
+def _is_large(options: Mapping[str, object]) -> bool:
+    """Whether there are more than MAX_OPTIONS entries, counted as often as YAML anchors repeat them."""
+    left: list[object] = [options]
+    for _ in range(MAX_OPTIONS):
+        if not left:
+            return False
+        item = left.pop()
+        left += item.values() if isinstance(item, Mapping) else item if isinstance(item, list) else []
+    return True

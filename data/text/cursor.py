@@ -45,8 +45,17 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state of all streams from the states of all ranks, in any order.
 
     Raises:
-        DataError: a state is missing, or they are not of one moment of one run.
+        DataError: a state is missing or malformed, or they are not of one moment of one run.
     """
+    try:
+        return _merged(states)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError("data state: a rank's state is damaged") from error
+
+
+def _merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     parts = sorted(states, key=lambda state: state["first_stream"])
     first = parts[0]
     raw = b""

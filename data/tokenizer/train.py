@@ -24,6 +24,7 @@ from data.tokenizer import BOS, EOS, errors_name
 from data.tokenizer.sampling import Sample, choose
 
 ALPHABET_SIZE = 256
+MAX_ENTRIES = 1 << 24
 MAX_BYTES = 400_000_000
 WORDS = (
     r"[\r\n]",
@@ -53,10 +54,12 @@ def train_tokenizer(
     gets a line for every stage, `progress` draws bars.
 
     Raises:
-        DataError: bad input, `vocab_size` below 258, or too little text for `vocab_size` entries.
+        DataError: bad input, `vocab_size` below 258 or above 2^24, or too little text for `vocab_size` entries.
     """
     if vocab_size < ALPHABET_SIZE + 2:
         raise DataError(f"--vocab-size: {vocab_size} is too small, {ALPHABET_SIZE + 2} entries are bytes, BOS and EOS")
+    if vocab_size > MAX_ENTRIES:  # the library takes memory for all of them beforehand, and aborts when there is none
+        raise DataError(f"--vocab-size: {vocab_size} is too large, {MAX_ENTRIES} is the most")
     counted = tqdm(_read(sources), "reading", unit=" documents", disable=not progress)
     sample = choose(counted, shares or {}, max_bytes)
     for language, available in sample.available.items():

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_inputs import GOOD_LINES, GOOD_ROWS, Attempt, Bench, Case, Quarantined, Refused, flipped
 from conftest import TOKENIZER
 
+from bad_inputs import GOOD_LINES, GOOD_ROWS, Attempt, Bench, Case, Quarantined, Refused, flipped
 from data.prepare import prepare
 from data.sources import SourceSpec, check_unchanged, plan_units, read_unit, resolve
 
