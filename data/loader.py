@@ -13,6 +13,8 @@ from data.errors import DataError
 from data.spec import changed_parts
 from data.token_stream import TokenStream
 
+MOST_SEQUENCES = 1 << 53
+
 
 class BatchSizes:
     """Sequences of every optimizer step: `ramp` lists (end, size) for the steps before `end`, then `final`.
@@ -154,8 +156,8 @@ def check_sizes(
 def checked_position(state: Mapping[str, object], fingerprint: str, accept_change: bool) -> int:
     """`consumed` of a saved state. DataError when it is malformed or, unless accepted, of another stream."""
     consumed = state.get("consumed")
-    if not isinstance(consumed, int) or isinstance(consumed, bool) or consumed < 0:
-        raise DataError(f"data state: `consumed` must be an integer of 0 or more, found {consumed!r}")
+    if not isinstance(consumed, int) or isinstance(consumed, bool) or not 0 <= consumed < MOST_SEQUENCES:
+        raise DataError(f"data state: `consumed` must be an integer in 0 .. 2^53 - 1, found {consumed!r:.40}")
     changed = changed_parts(state.get("fingerprint"), fingerprint)
     if changed and not accept_change:
         raise DataError(

@@ -192,7 +192,7 @@ def test_a_changed_stream_is_refused_with_what_changed_unless_accepted(part: str
     assert loaders[1].state_dict() == {"consumed": GLOBAL, "fingerprint": other.fingerprint}
 
 
-@pytest.mark.parametrize("consumed", [-1, "3", None, True, 1.5])
+@pytest.mark.parametrize("consumed", [-1, "3", None, True, 1.5, 1 << 70])
 def test_a_malformed_state_is_refused(consumed: object, stream: TokenStream) -> None:
     loader = TrainLoader(stream, GLOBAL, 4)
     with pytest.raises(DataError, match="`consumed` must be"):
