@@ -32,6 +32,16 @@ class Sequences:
     sources: np.ndarray
     ends: np.ndarray | None = None
 
+    def split(self, count: int) -> list[Sequences]:
+        """Parts of `count` sequences each, which share this one's memory."""
+
+        def part(cut: slice) -> Sequences:
+            ends = None if self.ends is None else self.ends[cut]
+            where = self.languages[cut], self.sources[cut]
+            return Sequences(self.tokens[cut], self.starts[cut], self.lengths[cut], *where, ends)
+
+        return [part(slice(first, first + count)) for first in range(0, len(self.tokens), count)]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -92,11 +102,12 @@ def assemble(sequences: Sequences, *, mask_documents: bool, padding_id: int) -> 
     """Tensors of B sequences. With `mask_documents` no label crosses a document's start and positions restart."""
     seq_len = sequences.tokens.shape[1] - 1
     input_ids, labels = sequences.tokens[:, :-1], sequences.tokens[:, 1:]  # views of the same memory
-    if mask_documents or sequences.ends is not None or np.any(sequences.lengths < seq_len):
+    is_padded = bool((sequences.lengths < seq_len).any())
+    if mask_documents or sequences.ends is not None or is_padded:
         input_ids, labels = input_ids.copy(), labels.copy()
     starts = np.ascontiguousarray(sequences.starts[:, :-1])
     valid = np.ones(input_ids.shape, dtype=np.bool_)
-    if np.any(sequences.lengths < seq_len):
+    if is_padded:
         valid = np.arange(seq_len) < sequences.lengths[:, None]
         input_ids[~valid] = padding_id
         labels[~valid] = IGNORE_INDEX

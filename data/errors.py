@@ -12,14 +12,23 @@ class DataError(ValueError):
     """Something the user supplied (text, tokenizer, corpus folder, setting) cannot be used; one line says what."""
 
 
+def complaint(error: BaseException) -> str:
+    """One line that says what went wrong, with the file where the system named one."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input/output'}: {error.strerror or error}"
+    return str(error)
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Run a command body and return its exit code: 0, or 77 after one `error:` line on stderr."""
     try:
         command()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_DATA_ERROR
-    except OSError as error:
-        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+    except (DataError, OSError) as error:
+        print(f"error: {complaint(error)}", file=sys.stderr)
         return EXIT_DATA_ERROR
     return 0

@@ -34,7 +34,8 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the body succeeds and vanishes when it fails."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with _naming(path), os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o644)
             yield file
             file.flush()
             os.fsync(descriptor)
@@ -55,13 +56,24 @@ def new_folder(out: Path, inside: Path | None = None) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=inside or out.parent, prefix=f".{out.name}.tmp-"))
     folder.chmod(0o755)
     try:
-        yield folder
+        with _naming(out):
+            yield folder
         for path in (*folder.iterdir(), folder):
             _sync(path)
         os.rename(folder, out)
         _sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file, such as that of a full disk, the name of what was being written."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -14,6 +16,11 @@ from data.spec import changed_parts
 from data.token_stream import TokenStream
 
 MOST_SEQUENCES = 1 << 53
+READ_AT_ONCE = 128
+
+
+Step = tuple[int, list[Batch]]
+"""Sequences of an optimizer step over all ranks, and this rank's micro-batches of it."""
 
 
 class BatchSizes:
@@ -33,16 +40,16 @@ class BatchSizes:
         self._first_steps = ends
         lengths = [end - first for first, end in zip(ends, ends[1:], strict=False)]
         counts = [length * size for length, size in zip(lengths, self.sizes, strict=False)]
-        self._first_sequences = [int(count) for count in np.cumsum([0, *counts])]
+        self._first_sequences = list(accumulate(counts, initial=0))
 
     def first_sequence(self, step: int) -> int:
         """Sequences of all steps before `step`."""
-        part = int(np.searchsorted(self._first_steps, step, side="right")) - 1
+        part = bisect(self._first_steps, step) - 1
         return self._first_sequences[part] + (step - self._first_steps[part]) * self.sizes[part]
 
     def size_at(self, consumed: int) -> int:
         """Size of the step that follows `consumed` sequences."""
-        return self.sizes[int(np.searchsorted(self._first_sequences, consumed, side="right")) - 1]
+        return self.sizes[bisect(self._first_sequences, consumed) - 1]
 
 
 class TrainLoader:
@@ -55,7 +62,7 @@ class TrainLoader:
         sizes: sequences of the optimizer steps over all ranks; an int when they do not change.
         micro_batch_size: sequences of one `Batch`.
         workers: threads that prepare steps; 0 prepares them when they are asked for.
-        prefetch: steps prepared ahead.
+        prefetch: steps prepared ahead; small ones are prepared together, so there may be more.
         pin_memory: put batches into page-locked memory, from which copies to a GPU overlap with its work.
 
     Raises:
@@ -83,26 +90,20 @@ class TrainLoader:
         self._pin_memory = pin_memory
         self._consumed = 0
         self._ahead = 0
-        self._pending: deque[tuple[int, Future[list[Batch]]]] = deque()
-        self._threads = ThreadPoolExecutor(max_workers=max(workers, 1), thread_name_prefix="data-loader")
+        self._ready: deque[Step] = deque()
+        self._pending: deque[Future[list[Step]]] = deque()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="data-loader") if workers else None
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
         """Micro-batches of the next step. An error of a thread is raised here; the step is not counted then."""
-        while len(self._pending) <= self._prefetch:
-            size = self._sizes.size_at(self._ahead)
-            self._pending.append((size, self._threads.submit(self._step, self._ahead, size)))
-            self._ahead += size
-        size, batches = self._pending.popleft()
-        try:
-            result = batches.result()
-        except BaseException:
-            self._drop_pending()
-            raise
+        if not self._ready:
+            self._ready.extend(self._take())
+        size, batches = self._ready.popleft()
         self._consumed += size
-        return result
+        return batches
 
     def state_dict(self) -> dict[str, int | str]:
         """Sequences returned so far over all ranks, and the fingerprint of their stream; at most 100 bytes of JSON."""
@@ -120,19 +121,53 @@ class TrainLoader:
     def close(self) -> None:
         """Stop the threads and wait for them; the loader is of no use afterwards."""
         self._drop_pending()
-        self._threads.shutdown(wait=True)
+        if self._threads is not None:
+            self._threads.shutdown(wait=True)
+
+    def _take(self) -> list[Step]:
+        try:
+            while len(self._pending) <= self._prefetch:
+                sizes = self._next_sizes()
+                self._pending.append(self._start(self._ahead, sizes))
+                self._ahead += sum(sizes)
+            return self._pending.popleft().result()
+        except BaseException:
+            self._drop_pending()
+            raise
 
     def _drop_pending(self) -> None:
         while self._pending:
-            self._pending.pop()[1].cancel()
+            self._pending.pop().cancel()
+        self._ready.clear()
         self._ahead = self._consumed
 
-    def _step(self, consumed: int, size: int) -> list[Batch]:
-        share = size // self._dp_size
-        first = consumed + self._dp_rank * share
-        starts = range(first, first + share, self._micro_batch_size)
-        batches = [self._stream.batch(np.arange(start, start + self._micro_batch_size)) for start in starts]
-        return [batch.pin_memory() for batch in batches] if self._pin_memory else batches
+    def _next_sizes(self) -> list[int]:
+        """Of the steps to prepare together: one, or several small ones."""
+        sizes = [self._sizes.size_at(self._ahead)]
+        while sum(sizes) + sizes[-1] <= READ_AT_ONCE * self._dp_size:
+            sizes.append(self._sizes.size_at(self._ahead + sum(sizes)))
+        return sizes
+
+    def _start(self, consumed: int, sizes: list[int]) -> Future[list[Step]]:
+        if self._threads is not None:
+            return self._threads.submit(self._steps, consumed, sizes)
+        done: Future[list[Step]] = Future()
+        done.set_result(self._steps(consumed, sizes))
+        return done
+
+    def _steps(self, consumed: int, sizes: list[int]) -> list[Step]:
+        """This rank's part of the steps that follow `consumed` sequences."""
+        firsts = consumed + np.cumsum([0, *sizes[:-1]])
+        shares = [size // self._dp_size for size in sizes]
+        ranges = [np.arange(share) + first + self._dp_rank * share for first, share in zip(firsts, shares, strict=True)]
+        batches = self._stream.batches(np.concatenate(ranges), self._micro_batch_size)
+        if self._pin_memory:
+            batches = [batch.pin_memory() for batch in batches]
+        rest = iter(batches)
+        return [
+            (size, list(islice(rest, share // self._micro_batch_size)))
+            for size, share in zip(sizes, shares, strict=True)
+        ]
 
 
 def check_sizes(

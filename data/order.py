@@ -29,8 +29,8 @@ WINDOW_ROWS = BLOCK_ROWS * WINDOW_BLOCKS
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """Where the permutation of `0 .. n - 1` chosen by the 64-bit `key` sends each `index`, int64.
 
-    A balanced Feistel network over the next even power of two, walked along its cycle until it lands below `n` (Black
-    and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): a bijection for every key, under 4 steps on average.
+    A Feistel network over the next power of two, walked along its cycle until it lands below `n` (Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", 2002): a bijection for every key, under 2 steps on average.
 
     Raises:
         IndexError: an index is not in `0 .. n - 1`.
@@ -58,15 +58,16 @@ def permute_in_windows(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
     window = index // WINDOW_ROWS
     window = window + (index >= first_row(window + 1))
-    place = np.empty_like(index)
-    for number in np.unique(window):
+    row = np.empty_like(index)
+    for number in np.unique(window).tolist():
         here = window == number
         begin, end = int(first_row(number)), min(int(first_row(number + 1)), n)
-        inside = permute(index[here] - begin, end - begin, key ^ int(number) + 1)
+        inside = permute(index[here] - begin, end - begin, key ^ number + 1)
         if number * WINDOW_BLOCKS <= short_place < (number + 1) * WINDOW_BLOCKS:
             inside += missing * (begin + inside >= (short_place + 1) * BLOCK_ROWS - missing)
-        place[here] = number * WINDOW_ROWS + inside
-    return permute(place // BLOCK_ROWS, num_blocks, key) * BLOCK_ROWS + place % BLOCK_ROWS
+        blocks = np.arange(number * WINDOW_BLOCKS, min((number + 1) * WINDOW_BLOCKS, num_blocks))
+        row[here] = permute(blocks, num_blocks, key)[inside // BLOCK_ROWS] * BLOCK_ROWS + inside % BLOCK_ROWS
+    return row
 
 
 def _walk(start: np.ndarray, n: int, round_keys: np.ndarray, network: Callable[..., np.ndarray]) -> np.ndarray:
@@ -74,29 +75,49 @@ def _walk(start: np.ndarray, n: int, round_keys: np.ndarray, network: Callable[.
         raise IndexError(f"a permutation of more than {MAX_ROWS} rows")
     if np.any((start < 0) | (start >= n)):
         raise IndexError(f"an index is outside 0 .. {n - 1}")
-    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
-    place = network(start.astype(np.uint64), half, round_keys)
-    while (outside := np.flatnonzero(place >= np.uint64(n))).size:
-        place[outside] = network(place[outside], half, round_keys)
-    return place.astype(np.int64)
+    bits = max(2, int(n - 1).bit_length())
+    place = network(start, bits, round_keys)
+    while (outside := np.flatnonzero(place >= n)).size:
+        place[outside] = network(place[outside], bits, round_keys)
+    return place
 
 
-def _feistel(value: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
-    left, right = value >> half, value & ((np.uint64(1) << half) - np.uint64(1))
+def _feistel(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
+    low = bits // 2
+    left, right = _rounds(value >> low, value & (1 << low) - 1, bits - low, low, round_keys)
+    return left << low | right
+
+
+def _feistel_inverse(value: np.ndarray, bits: int, round_keys: np.ndarray) -> np.ndarray:
+    """`_feistel` undone, given its keys in reverse: the same rounds, whose halves enter and leave swapped."""
+    low = bits // 2
+    right, left = _rounds(value & (1 << low) - 1, value >> low, low, bits - low, round_keys)
+    return left << low | right
+
+
+def _rounds(
+    left: np.ndarray, right: np.ndarray, left_bits: int, right_bits: int, round_keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """An even number of rounds, so that the halves come out as wide as they went in."""
+    left, right = left.astype(np.uint32), right.astype(np.uint32)
     for round_key in round_keys:
-        left, right = right, left ^ (_scramble(right ^ round_key) >> (np.uint64(64) - half))
-    return left << half | right
-
-
-def _feistel_inverse(value: np.ndarray, half: np.uint64, round_keys: np.ndarray) -> np.ndarray:
-    """`_feistel` undone, given its keys in reverse: the same network, whose halves enter and leave swapped."""
-    low = (np.uint64(1) << half) - np.uint64(1)
-    swapped = _feistel((value & low) << half | value >> half, half, round_keys)
-    return (swapped & low) << half | swapped >> half
+        left, right = right, left ^ (_mix(right ^ round_key) >> np.uint32(32 - left_bits))
+        left_bits, right_bits = right_bits, left_bits
+    return left.astype(np.int64), right.astype(np.int64)
 
 
 def _round_keys(key: int) -> np.ndarray:
-    return _scramble(np.uint64(key) + np.arange(ROUNDS, dtype=np.uint64))
+    return (_scramble(np.uint64(key) + np.arange(ROUNDS, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """32 bits mixed in place (Wellons' lowbias32): halves have fewer, and numpy is four times as fast as on 64."""
+    value ^= value >> np.uint32(16)
+    value *= np.uint32(0x7FEB352D)
+    value ^= value >> np.uint32(15)
+    value *= np.uint32(0x846CA68B)
+    value ^= value >> np.uint32(16)
+    return value
 
 
 def _scramble(value: np.ndarray) -> np.ndarray:

@@ -36,8 +36,7 @@ class _ShardFiles:
     def fill(self, begins: np.ndarray, rows: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> None:
         """`TokenSource.fill_rows` for rows that lie in this shard."""
         length = tokens.shape[1]
-        for row, begin in zip(rows.tolist(), begins.tolist(), strict=True):
-            tokens[row] = self.tokens[begin : begin + length]
+        tokens[rows] = self._windows(length)[begins]
         edges = np.concatenate([begins, begins + length]).astype(np.uint64)
         first, last = np.searchsorted(self.ends, edges).reshape(2, -1)
         counts = last - first
@@ -46,6 +45,11 @@ class _ShardFiles:
         opened = self.ends[first[owner] + number].astype(np.int64) - begins[owner]
         starts[rows[owner], opened] = True
         starts[rows[begins == 0], 0] = True
+
+    def _windows(self, length: int) -> np.ndarray:
+        """All stretches of `length` tokens as a view, (tokens - length + 1, length), one behind each token."""
+        shape, step = (len(self.tokens) - length + 1, length), self.tokens.itemsize
+        return np.ndarray(shape, self.tokens.dtype, self.tokens, strides=(step, step))
 
     def problem(self, vocab_size: int, bos_id: int, eos_id: int) -> str | None:
         ends = self.ends[:].astype(np.int64)
@@ -102,8 +106,9 @@ class TokenSource:
         IndexError where a row reaches outside the source.
         """
         length = tokens.shape[1]
-        if len(begins):
-            self._check_range(int(begins.min()), int(begins.max()) + length)
+        if not len(begins):
+            return
+        self._check_range(int(begins.min()), int(begins.max()) + length)
         if len(self._shards) == 1:
             self._shards[0].fill(begins, rows, tokens, starts)
             return

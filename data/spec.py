@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.order import Stage
 from data.packing import PACKINGS
 
-STREAM_VERSION = 2
+STREAM_VERSION = 3
 SHUFFLES = ("windowed", "full")
 PARTS = ("text", "seq_len", "seed", "weights", "shuffle", "packing", "mask_documents", "skip_ranges")
 _DIGITS = 6

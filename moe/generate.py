@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from data import DataError, Tokenizer
+from data import Tokenizer
+from data.errors import DataError, complaint
 from moe.checkpoint import CheckpointError
 from moe.config import ConfigError
 from moe.config.errors import require
@@ -42,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except ConfigError as error:
         return _fail(str(error), EXIT_CONFIG_ERROR)
-    except (DataError, CheckpointError) as error:
-        return _fail(str(error), EXIT_DATA_ERROR)
-    except OSError as error:
-        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", EXIT_DATA_ERROR)
+    except (DataError, CheckpointError, OSError) as error:
+        return _fail(complaint(error), EXIT_DATA_ERROR)
     return 0
 
 

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from pathlib import Path
 
-from data.errors import DataError, run_command
+from data.errors import DataError, complaint, run_command
 from data.manifest import TOKENIZER
 from data.prepare.encode import encode_unit
 from data.prepare.plan import Plan, read_plan
@@ -54,10 +54,8 @@ def _answer(plan: Plan, number: int, tokenizer: Tokenizer, work: Path) -> None:
 
     try:
         encode()
-    except DataError as error:
-        say(error=str(error))
-    except OSError as error:
-        say(error=f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except (DataError, OSError) as error:
+        say(error=complaint(error))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from data.documents import (
     read_lines,
     text_of,
 )
-from data.errors import DataError
+from data.errors import DataError, one_line
 from data.sources.open import arrow_batches, open_unpacked, parquet_file, require_expansion
-from data.sources.resolve import SourceFile, errors_name, one_line, resolve
+from data.sources.resolve import SourceFile, errors_name, resolve
 from data.sources.spec import TOKEN_FORMATS, SourceSpec
 from data.sources.units import Unit, is_split_by_bytes, plan_units
 

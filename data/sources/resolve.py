@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from data.errors import DataError
+from data.errors import DataError, one_line
 from data.sources.spec import SourceSpec
 
 PROTOCOLS = ("file", "http", "https", "s3", "hf")
@@ -126,11 +126,6 @@ def errors_name(url: str) -> Iterator[None]:
         raise DataError(f"{url}: cannot be read: {error.strerror or one_line(error)}") from error
     except Exception as error:  # aiohttp, botocore and huggingface_hub share no base class
         raise DataError(f"{url}: cannot be read: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _list(spec: SourceSpec) -> list[str]:

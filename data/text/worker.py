@@ -15,7 +15,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import Any, BinaryIO
 
-from data.errors import DataError
+from data.errors import DataError, complaint
 from data.order import Stage
 from data.spec import StreamSpec
 from data.text.corpus import TextCorpus
@@ -56,9 +56,7 @@ def main() -> None:
         dealer = _dealer(job, out)
         while True:
             send(out, TURN, pack_turn(dealer.next_turn()))
-    except DataError as error:
-        send(out, ERROR, str(error).encode())
     except BrokenPipeError:
         os._exit(0)
-    except OSError as error:
-        send(out, ERROR, f"{error.filename or 'input/output'}: {error.strerror or error}".encode())
+    except (DataError, OSError) as error:
+        send(out, ERROR, complaint(error).encode())

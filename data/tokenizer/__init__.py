@@ -16,7 +16,7 @@ import tokenizers
 import xxhash
 
 from data.documents import require_file
-from data.errors import DataError
+from data.errors import DataError, one_line
 from data.tokenizer.layout import (
     BOS,
     EOS,
@@ -165,11 +165,11 @@ def errors_name(name: str, problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise DataError(f"{name}: {problem}: {_first_line(error)}") from error
+        raise DataError(f"{name}: {problem}: {one_line(error)}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise DataError(f"{name}: {problem}: {_first_line(error)}") from error
+        raise DataError(f"{name}: {problem}: {one_line(error)}") from error
 
 
 def _cut_blanks(text: str) -> list[str]:
@@ -183,7 +183,3 @@ def _cut_blanks(text: str) -> list[str]:
 
 def _join(parts: list[list[int]]) -> list[int]:
     return parts[0] if len(parts) == 1 else [index for part in parts for index in part]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

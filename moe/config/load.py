@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config.errors import ConfigError
+from moe.config.errors import ConfigError, hide_environment
 from moe.config.schema import Config, SourceConfig
 from moe.config.validate import validate
 
@@ -147,7 +147,7 @@ def explain(error: BaseException) -> str:
     options = re.search(r"Available options in '[^']+': (.*?)(?: Config search path|$)", text)
     if options:
         reason += f" Available: {', '.join(options[1].split())}"
-    return f"{key}: {reason}" if key and key not in reason else reason
+    return hide_environment(f"{key}: {reason}" if key and key not in reason else reason)
 
 
 def _unknown_key(key: str) -> str:

@@ -42,12 +42,13 @@ def continuation(
         )
     device = next(model.parameters()).device
     caches = [KVCache(config, 1, length, device, compute_dtype) for _ in model.layers]
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([prompt], device=device)
     for _ in range(max_new_tokens):
         hidden = model(ids, caches=caches).hidden
         logits = head.logits(hidden[0, -1])[:num_ids]
-        token = choose(logits, temperature, top_p, generator)
+        # on the host, where the token goes anyway: CUDA has no repeatable cumulative sum
+        token = choose(logits.cpu(), temperature, top_p, generator)
         if token == stop_id:
             return
         yield token

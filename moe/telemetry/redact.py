@@ -6,12 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe.config.errors import SECRET_NAME
+
 REDACTED = "[redacted]"
 
-SECRET_NAME = re.compile(
-    r"token(?!i[sz])|secret|passw(or)?d|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|credential|authorization",
-    re.IGNORECASE,
-)
 URL_USER_INFO = re.compile(r"(?<=://)[^/?#\s]+@")
 ASSIGNMENT = re.compile(r"(?P<name>[\w.\-+]+)(?P<sign>\s*[=:]\s*)(?P<value>\"[^\"]*\"|'[^']*'|[^\s&,;]+)")
 # Shapes of issued keys: Hugging Face, GitHub, AWS key ids, OpenAI-like. Plain hexadecimal stays: it may be a revision.

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch
 
-from data import DataError
+from data.errors import DataError, complaint
 from moe.checkpoint import CheckpointError
 from moe.config import Config, ConfigError
 from moe.parallel import choose_device, join_world
@@ -20,7 +20,7 @@ from moe.training.run_lock import RunFolderBusy
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 
-EXIT_CODES = {
+EXIT_CODES: dict[type[Exception], int] = {
     NumericalAbort: 76,
     DataError: 77,
     CheckpointError: 77,
@@ -68,9 +68,5 @@ def require_repeatable_kernels() -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    if isinstance(error, OSError):
-        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
-    else:
-        message = str(error)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {complaint(error)}", file=sys.stderr)
     sys.exit(code)

@@ -229,7 +229,12 @@ class Session:
         self.validated_step = state["validated_step"]
         self.saved = (self.step, self.validated_step)
         self.rows.resume(self.step, state["elapsed_seconds"])
-        self.log.message(f"resuming from step {self.step} in {self.folder}")
+        self.log.message(f"resuming from step {self.step} in {self.folder}{self._inexact()}")
+
+    def _inexact(self) -> str:
+        if self.world.device.type != "cuda" or self.config.runtime.deterministic:
+            return ""
+        return "; weights will differ in the last bits from an undisturbed run's (runtime.deterministic=true avoids it)"
 
     def _report(self) -> None:
         """Every rank takes part in writing the sample completions."""

@@ -102,6 +102,16 @@ def test_text_mode_cannot_fit_documents_it_has_not_seen() -> None:
         composed("data.mode=text", "data.packing=best_fit")
 
 
+@pytest.mark.parametrize("key", ["data.seq_len", "runtime.device", "train.compute_dtype"])
+def test_no_message_shows_a_secret_of_the_environment(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-value")
+    with pytest.raises(ConfigError) as caught:
+        composed(f"{key}=${{oc.env:MY_API_KEY}}")
+    assert key in str(caught.value)
+    assert "s3cr3t-value" not in str(caught.value)
+    assert "$MY_API_KEY" in str(caught.value)
+
+
 def test_a_saved_configuration_comes_back(tmp_path: Path) -> None:
     config = composed("+experiment=moe_2b", "optim.lr=0.25", "+data.weights.fr=2")
     path = tmp_path / "config.yaml"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from config_helpers import REPOSITORY
 
+from data.sources.spec import SourceSpec
 from moe.config.load import all_keys
+from moe.config.schema import SourceConfig
 
 SOURCES = [REPOSITORY / "train.py", *(REPOSITORY / "moe").rglob("*.py"), *(REPOSITORY / "data").rglob("*.py")]
 # declaring a key and checking that its value is possible are no use of it
@@ -38,6 +41,15 @@ def leaves() -> list[str]:
 @pytest.mark.parametrize("key", leaves())
 def test_every_key_is_read_by_code(key: str, all_names_read: set[str]) -> None:
     assert key.rsplit(".", 1)[-1] in all_names_read
+
+
+def test_a_source_is_declared_alike_for_configurations_and_commands() -> None:
+    declared, known = ({field.name: field.default for field in fields(kind)} for kind in (SourceConfig, SourceSpec))
+    required = {"name", "path", "storage_options"}
+    assert set(known) == {"name", *declared}
+    assert {name: known[name] for name in declared if name not in required} == {
+        name: value for name, value in declared.items() if name not in required
+    }
 
 
 def test_the_search_sees_what_is_missing(all_names_read: set[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data import Batch, BatchSizes, DataError, Stage, StreamSpec, TokenCorpus, TokenStream, TrainLoader
+from data.loader import READ_AT_ONCE
 from data.spec import PARTS
 
 GLOBAL = 16
@@ -207,19 +208,19 @@ def test_an_error_surfaces_and_no_step_is_lost(stream: TokenStream, monkeypatch:
     loader = TrainLoader(stream, GLOBAL, 4)
     next(loader)
     loader.load_state_dict(loader.state_dict())
-    read = TokenStream.batch
+    read = TokenStream.batches
 
-    def broken(self: TokenStream, indices: np.ndarray) -> Batch:
+    def broken(self: TokenStream, indices: np.ndarray, size: int) -> list[Batch]:
         if GLOBAL + 3 in indices:
             raise OSError("disk gone")
-        return read(self, indices)
+        return read(self, indices, size)
 
-    monkeypatch.setattr(TokenStream, "batch", broken)
+    monkeypatch.setattr(TokenStream, "batches", broken)
     for _ in range(2):
         with pytest.raises(OSError, match="disk gone"):
             next(loader)
         assert loader.state_dict()["consumed"] == GLOBAL
-    monkeypatch.setattr(TokenStream, "batch", read)
+    monkeypatch.setattr(TokenStream, "batches", read)
     assert torch.equal(next(loader)[0].input_ids[0], stream.batch([GLOBAL]).input_ids[0])
     loader.close()
 
@@ -235,14 +236,14 @@ def test_close_ends_the_threads(stream: TokenStream) -> None:
 
 def test_steps_are_prepared_ahead(stream: TokenStream, monkeypatch: pytest.MonkeyPatch) -> None:
     reached = threading.Event()
-    read = TokenStream.batch
+    read = TokenStream.batches
 
-    def watch(self: TokenStream, indices: np.ndarray) -> Batch:
-        if 3 * GLOBAL - 1 in indices:
+    def watch(self: TokenStream, indices: np.ndarray, size: int) -> list[Batch]:
+        if 3 * READ_AT_ONCE - 1 in indices:
             reached.set()
-        return read(self, indices)
+        return read(self, indices, size)
 
-    monkeypatch.setattr(TokenStream, "batch", watch)
+    monkeypatch.setattr(TokenStream, "batches", watch)
     loader = TrainLoader(stream, GLOBAL, 4, prefetch=2)
     next(loader)
     assert reached.wait(timeout=30)

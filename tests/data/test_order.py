@@ -66,19 +66,9 @@ def test_permute_on_huge_and_impossible_domains() -> None:
 
 def test_the_order_is_frozen() -> None:
     """A change of this order would silently change the data of every checkpoint: bump STREAM_VERSION with it."""
-    assert permute(np.arange(10), 10, 42).tolist() == [3, 7, 6, 0, 8, 4, 5, 1, 9, 2]
-    assert permute_in_windows(np.arange(4000, 4010), 5000, 42).tolist() == [
-        844,
-        2725,
-        519,
-        3604,
-        3618,
-        570,
-        4397,
-        3369,
-        1288,
-        4892,
-    ]
+    assert permute(np.arange(10), 10, 42).tolist() == [3, 7, 4, 2, 8, 5, 6, 0, 9, 1]
+    windows = permute_in_windows(np.arange(4000, 4010), 5000, 42)
+    assert windows.tolist() == [2302, 1987, 1416, 2045, 2742, 1248, 1268, 666, 1931, 1043]
     assert single({"en": "0.7", "zh": "0.3"}).locate(np.arange(10))[0].tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 1, 0]
 
 
