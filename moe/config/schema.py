@@ -147,6 +147,27 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the ranks share the work; see `moe/parallel/layout.py`. No key here defines the result.
+
+    replicate x shard x tensor is the number of ranks; one of the three may be null and takes what the others leave.
+    """
+
+    replicate: int | None = 1
+    """Copies of the sharded model (HSDP): gradients are summed over them."""
+    shard: int | None = None
+    """Ranks over which FSDP2 shards parameters, gradients and optimizer state."""
+    tensor: int | None = 1
+    """Ranks that split every dense matrix and the sequence between them (tensor and sequence parallel)."""
+    expert: int = 1
+    """Ranks that share out the routed experts; divides shard x tensor."""
+    reshard: bool = False
+    """Free gathered weights after each use and reduce gradients after each micro-batch: less memory, more traffic."""
+    timeout: int = 600
+    """Seconds after which a rank that waits for another gives up and ends the run."""
+
+
+@dataclass
 class RuntimeConfig:
     """How the run is carried out; no key here defines its result."""
 
@@ -158,8 +179,9 @@ class RuntimeConfig:
     """auto, loop, grouped_mm or megablocks: who computes the experts."""
     compile: bool = False
     """torch.compile of the parts whose shapes are static; token dispatch stays outside."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass; routing choices are saved, never recomputed."""
+    activation_checkpointing: str = "none"
+    """none; full: recompute blocks in the backward pass; selective: all but matrix products, attention and exchanges
+    between ranks. Routing choices are saved, never recomputed."""
     loss_chunk_size: int = 8192
     """Tokens whose logits exist at the same time."""
     deterministic: bool = False
@@ -203,6 +225,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -13,6 +13,7 @@ from moe.config.schema import (
     Config,
     DataConfig,
     OptimConfig,
+    ParallelConfig,
     RuntimeConfig,
     TelemetryConfig,
     TrainConfig,
@@ -27,6 +28,7 @@ def validate(config: Config) -> None:
     _check_data(config.data)
     _check_train(config.train)
     _check_optim(config.optim, config.train.steps)
+    _check_parallel(config.parallel)
     _check_runtime(config.runtime)
     _check_checkpoint(config.checkpoint)
     _check_telemetry(config.telemetry)
@@ -145,7 +147,18 @@ def _check_train(train: TrainConfig) -> None:
     )
 
 
+def _check_parallel(parallel: ParallelConfig) -> None:
+    axes = ("replicate", "shard", "tensor")
+    for key in (*axes, "expert"):
+        degree = getattr(parallel, key)
+        require(degree is None or 1 <= degree <= 2**20, f"parallel.{key}", "between 1 and 2^20", degree)
+    open_axes = [f"parallel.{key}" for key in axes if getattr(parallel, key) is None]
+    require(len(open_axes) <= 1, " and ".join(open_axes), "degrees, but for one axis", "null")
+    require(1 <= parallel.timeout <= 86_400, "parallel.timeout", "between 1 and 86400 seconds", parallel.timeout)
+
+
 def _check_runtime(runtime: RuntimeConfig) -> None:
+    choice("runtime.activation_checkpointing", runtime.activation_checkpointing, ("none", "selective", "full"))
     choice("runtime.device", runtime.device, ("auto", "cpu", "cuda"))
     choice("runtime.expert_backend", runtime.expert_backend, ("auto", "loop", "grouped_mm", "megablocks"))
     require(0 <= runtime.num_threads <= 1024, "runtime.num_threads", "between 0 and 1024", runtime.num_threads)
