@@ -96,7 +96,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"  per sequence     {facts['flops_per_sequence']:>18.4g}",
         f"  of the run       {facts['flops']:>18.4g}{days}",
         f"tokens of the run  {facts['tokens']:>18,}",
-        *_memory_lines(facts["memory_bytes"], chosen="recomputed" if facts["activation_checkpointing"] else "kept"),
+        *_memory_lines(
+            facts["memory_bytes"], chosen="recomputed" if facts["activation_checkpointing"] == "full" else "kept"
+        ),
     ]
 
 

@@ -186,7 +186,7 @@ def test_overrides_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prints_a_table_that_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["runtime.activation_checkpointing=true"]) == 0
+    assert plan.main(["runtime.activation_checkpointing=full"]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("memory"))
     assert lines[start].endswith("recomputed (as configured)")

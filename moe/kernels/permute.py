@@ -53,6 +53,11 @@ def gather_rows(x: Tensor, permutation: Permutation) -> Tensor:
     return _Gather.apply(_zero_padding(x, permutation.valid), permutation.token_of_row, permutation.row_of_slot)
 
 
+def ungather_rows(rows: Tensor, permutation: Permutation) -> Tensor:
+    """Undo `gather_rows` where every token has one row: (T, H) by expert -> (T, H) in the order of the tokens."""
+    return _Gather.apply(rows, permutation.row_of_slot.flatten(), permutation.slot_of_row[:, None])
+
+
 def combine_rows(y: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
     """Weighted sum of each token's K rows: y (T*K, H), weights (T, K) -> (T, H) in the dtype of y.
 

@@ -47,7 +47,7 @@ class RoutingStats(NamedTuple):
 
 
 class RoutingSums(NamedTuple):
-    """Statistics of B sequences. Under sequence parallelism each is summed over the tensor axis before use."""
+    """Statistics of B sequences, or of the parts of them that this rank has."""
 
     counts: Tensor
     """(B, languages, E) int64."""
@@ -82,13 +82,14 @@ def balance_losses(
 ) -> tuple[Tensor, Tensor]:
     """Expert-level and device-level loss, each summed over this rank's tokens.
 
-    Per sequence (`seq_aux`), or with all sequences of one micro-batch pooled into one over all data-parallel ranks,
-    which `pool` sums over. The pooled form depends on how a step is cut into micro-batches; the other does not.
+    Per sequence (`seq_aux`), or with all sequences of one micro-batch pooled into one over all data-parallel ranks. The
+    pooled form depends on how a step is cut into micro-batches; the other does not. `pool` sums over the ranks that
+    have further tokens of the same sequence or pool.
     """
     counts, scores, tokens = sums.counts.sum(dim=1).to(sums.scores.dtype), sums.scores, sums.tokens
     if not config.seq_aux:
-        counts, tokens = pool(counts.sum(0, keepdim=True)), pool(tokens.sum(0, keepdim=True))
-        scores = scores.sum(0, keepdim=True)
+        counts, scores, tokens = (tensor.sum(0, keepdim=True) for tensor in (counts, scores, tokens))
+    counts, tokens = pool(counts), pool(tokens)
     ratio = config.n_routed_experts / config.num_experts_per_tok
     f = ratio * counts / tokens.clamp(min=1)[:, None]  # (B, E)
     # n P_i is the plain sum of scores: weighting a sequence by its n tokens cancels P's division

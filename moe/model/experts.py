@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe.config.model import ModelConfig
 from moe.kernels.experts import expert_mlp
@@ -15,17 +17,43 @@ from moe.model.mlp import MLP
 from moe.model.router import KeptChoice, Routing, build_router
 
 
-class LocalDispatcher:
-    """Brings tokens to experts and back where every expert is on this device. Dropless: no capacity, no padding."""
+class Dispatcher(Protocol):
+    """Brings tokens to experts and back. Dropless: no capacity, no padding.
 
-    def dispatch(self, x: Tensor, routing: Routing, valid: Tensor, num_experts: int) -> tuple[Tensor, Permutation]:
-        """(N, H) tokens -> (N K, H) rows sorted by expert, and how to undo it."""
-        permutation = sort_by_expert(routing.expert_indices, num_experts, valid)
+    Between `dispatch` and `receive` rows may be under way from rank to rank, and other work can be done.
+    """
+
+    def dispatch(self, x: Tensor, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Any:
+        """(N, H) tokens -> what the two other methods need; those that are not `valid` (N,) stay at home."""
+        ...
+
+    def receive(self, sent: Any) -> tuple[Tensor, Tensor]:
+        """-> (R, H) rows sorted by the experts on this device, and how many each has."""
+        ...
+
+    def combine(self, rows: Tensor, routing: Routing, sent: Any) -> Tensor:
+        """(R, H) expert outputs -> (N, H), each token's weighted by its gate values; zero where not valid."""
+        ...
+
+
+class LocalDispatcher:
+    """The dispatcher where every expert is on this device."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(
+        self, x: Tensor, routing: Routing, valid: Tensor, kept: KeptChoice | None = None
+    ) -> tuple[Tensor, Permutation]:
+        permutation = sort_by_expert(routing.expert_indices, self.num_experts, valid)
         return gather_rows(x, permutation), permutation
 
-    def combine(self, rows: Tensor, routing: Routing, permutation: Permutation) -> Tensor:
-        """(N K, H) expert outputs -> (N, H), each token's weighted by its gate values."""
-        return combine_rows(rows, routing.weights, permutation)
+    def receive(self, sent: tuple[Tensor, Permutation]) -> tuple[Tensor, Tensor]:
+        rows, permutation = sent
+        return rows, permutation.tokens_per_expert
+
+    def combine(self, rows: Tensor, routing: Routing, sent: tuple[Tensor, Permutation]) -> Tensor:
+        return combine_rows(rows, routing.weights, sent[1])
 
 
 class GroupedExperts(nn.Module):
@@ -43,7 +71,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """(N, H) rows sorted by expert, (E,) group sizes -> (N, H)."""
-        return expert_mlp(rows, self.gate_up_proj, self.down_proj, tokens_per_expert, self.backend, zero_tail=False)
+        gate_up_proj, down_proj = local(self.gate_up_proj), local(self.down_proj)
+        if not len(gate_up_proj):
+            return rows  # none come to a rank that was left without an expert
+        return expert_mlp(rows, gate_up_proj, down_proj, tokens_per_expert, self.backend, zero_tail=False)
 
 
 class MoE(nn.Module):
@@ -53,27 +84,42 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.num_languages = config, num_languages
         self.gate = build_router(config)
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
         self.pool: Callable[[Tensor], Tensor] = alone
-        """Sums a tensor over the data-parallel ranks, for balance losses that pool a micro-batch."""
+        """Sums a tensor over the ranks that see other parts of the same sequence or pool, for balance losses."""
         self.experts = GroupedExperts(config, backend)
         shared_width = config.n_shared_experts * int(config.moe_intermediate_size)
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
 
     def forward(self, x: Tensor, tokens: Tokens, kept: KeptChoice | None = None) -> tuple[Tensor, RoutingStats]:
         """(B, T, H) -> (B, T, H) and the layer's statistics; `kept` is given where this may be recomputed."""
-        flat = x.flatten(0, 1)
+        flat, valid = x.flatten(0, 1), tokens.valid.flatten()
         routing = self.gate(flat, tokens.input_ids.flatten(), kept)
-        y = self.routed(flat, routing, tokens.valid.flatten()).view_as(x)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return y, self.statistics(routing, tokens)
+        if isinstance(self.dispatcher, LocalDispatcher):
+            y, shared = self.routed(flat, routing, valid), self.shared(x)
+        else:
+            sent = self.dispatcher.dispatch(flat, routing, valid, kept)
+            shared = self.shared(x)  # while the rows travel
+            y = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), routing, sent)
+        y = y.view_as(x)
+        return y if shared is None else y + shared, self.statistics(routing, tokens)
 
     def routed(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
-        """(N, H) -> (N, H): the gated sum of the chosen routed experts; zero where not `valid` (N,)."""
-        rows, permutation = self.dispatcher.dispatch(x, routing, valid, self.config.n_routed_experts)
-        rows = self.experts(rows, permutation.tokens_per_expert)
-        return self.dispatcher.combine(rows, routing, permutation)
+        """(N, H) -> (N, H): the gated sum of the chosen routed experts, all of them here; zero where not `valid` (N,).
+
+        One function without data-dependent shapes, so that it compiles as a whole.
+        """
+        sent = self.dispatcher.dispatch(x, routing, valid, None)
+        return self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), routing, sent)
+
+    def shared(self, x: Tensor) -> Tensor | None:
+        """The shared experts' output, where there are any."""
+        return None if self.shared_experts is None else self.shared_experts(x)
 
     def statistics(self, routing: Routing, tokens: Tokens) -> RoutingStats:
         return routing_stats(routing, tokens, self.num_languages, self.config, self.pool)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -37,6 +37,8 @@ class KeptChoice:
     """
 
     expert_indices: Tensor | None = None
+    sizes: object = None
+    """What a dispatcher between ranks needs beside them; its own affair."""
 
 
 class TopKRouter(nn.Module):
@@ -55,8 +57,14 @@ class TopKRouter(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         self.bias_update_speed = config.bias_update_speed
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        bias = torch.zeros(config.n_routed_experts) if config.bias_update_speed > 0 else None
+        bias = torch.empty(config.n_routed_experts) if config.bias_update_speed > 0 else None
         self.register_buffer("expert_bias", bias)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Start with no bias."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
 
     def forward(self, x: Tensor, token_ids: Tensor, kept: KeptChoice | None = None) -> Routing:
         """(N, H) hidden states and (N,) ids (unused here) -> Routing, by the choice that `kept` may hold already."""
@@ -106,14 +114,15 @@ class HashRouter(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
-        table = self._build(config.vocab_size).to(torch.get_default_device())
+        table = torch.empty(config.vocab_size, self.top_k, dtype=torch.int64)
         self.register_buffer("table", table, persistent=False)
+        self.reset_buffers()
 
-    def _build(self, vocab_size: int) -> Tensor:
-        """(vocab, K): a random order of the ids dealt to the experts in turn, so that each serves as many ids."""
+    def reset_buffers(self) -> None:
+        """A random order of the ids dealt to the experts in turn, so that each serves as many ids: (vocab, K)."""
         with torch.device("cpu"):
-            order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
-            return (order[:, None] + torch.arange(self.top_k)) % self.num_experts
+            order = torch.randperm(len(self.table), generator=torch.Generator().manual_seed(0))
+            self.table.copy_((order[:, None] + torch.arange(self.top_k)) % self.num_experts)
 
     def forward(self, x: Tensor, token_ids: Tensor, kept: KeptChoice | None = None) -> Routing:
         """(N, H) hidden states and (N,) ids -> Routing. Only the ids matter, and a table needs nothing `kept`."""

@@ -7,13 +7,12 @@ over a part of the layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from moe.config.model import ModelConfig
 from moe.model.attention import (
@@ -29,6 +28,7 @@ from moe.model.balance import RoutingStats, Tokens
 from moe.model.experts import MoE
 from moe.model.head import LMHead, LossSums
 from moe.model.mlp import MLP
+from moe.model.recompute import recomputed
 from moe.model.router import KeptChoice
 
 
@@ -54,7 +54,8 @@ class Block(nn.Module):
             self.mlp = MoE(config, num_languages, backend)
         else:
             self.mlp = MLP(config.hidden_size, int(config.intermediate_size))
-        self.recompute = False
+        self.recompute = "none"
+        """none, selective or full; see `moe.model.recompute`."""
 
     def forward(
         self,
@@ -66,9 +67,9 @@ class Block(nn.Module):
         mask: Mask = None,
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, T, H) -> (B, T, H) and, for a MoE layer, its statistics."""
-        if not (self.recompute and torch.is_grad_enabled()):
+        if self.recompute == "none" or not torch.is_grad_enabled():
             return self._forward(x, cos, sin, tokens, cache, mask)
-        return checkpoint(self._forward, x, cos, sin, tokens, None, mask, KeptChoice(), use_reentrant=False)
+        return recomputed(self.recompute, self._forward, x, cos, sin, tokens, None, mask, KeptChoice())
 
     def _forward(
         self,
@@ -118,6 +119,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(i): Block(config, i, num_languages, expert_backend) for i in layers})
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if last else None
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, num_languages, loss_chunk_size) if last else None
+        self.own_tokens: Callable[[Tokens], Tokens] = _all
+        """Those whose hidden states lie between the matrices here; all but under sequence parallelism."""
 
     def forward(
         self,
@@ -145,6 +148,7 @@ class Transformer(nn.Module):
             torch.zeros_like(input_ids) if languages is None else languages,
             torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid,
         )
+        tokens = self.own_tokens(tokens)
         x = hidden if self.embed_tokens is None else self.embed_tokens(input_ids)
         assert x is not None
         if documents is None:
@@ -172,3 +176,7 @@ class Transformer(nn.Module):
     def moe_blocks(self) -> list[MoE]:
         """The mixtures of this stage, in the order of `ModelOutput.routing`."""
         return [block.mlp for block in self.layers.values() if isinstance(block.mlp, MoE)]
+
+
+def _all(tokens: Tokens) -> Tokens:
+    return tokens

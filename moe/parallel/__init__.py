@@ -1,6 +1,21 @@
 """How a model written for one device runs on many."""
 
-from moe.parallel.parallelize import local, mark_last_micro_batch, parallelize
-from moe.parallel.world import World, choose_device, join_world
+from moe.model.experts import local
+from moe.parallel.layout import Layout, legal_layouts, resolve
+from moe.parallel.parallelize import copies, mark_last_micro_batch, parallelize, sum_token_gradients
+from moe.parallel.world import World, build_world, choose_device, join_world
 
-__all__ = ["World", "choose_device", "join_world", "local", "mark_last_micro_batch", "parallelize"]
+__all__ = [
+    "Layout",
+    "World",
+    "build_world",
+    "choose_device",
+    "copies",
+    "join_world",
+    "legal_layouts",
+    "local",
+    "mark_last_micro_batch",
+    "parallelize",
+    "resolve",
+    "sum_token_gradients",
+]

@@ -1,9 +1,9 @@
 """Which rank does what: the degrees of every kind of parallelism, checked, before any process group exists.
 
-The ranks form a grid replicate x shard x tensor, the last axis being the fastest. Dense weights are sharded over `shard`
-(FSDP2) and split over `tensor`; `replicate` holds copies of all that. Routed experts see the same ranks as replicate x
-expert_shard x expert: consecutive ranks share out the experts, so that their all-to-all stays inside a node when the
-node is as large as `expert`.
+The ranks form a grid replicate x shard x tensor, the last axis being the fastest. Dense weights are sharded over
+`shard` (FSDP2) and split over `tensor`; `replicate` holds copies of all that. Routed experts see the same ranks as
+replicate x expert_shard x expert: consecutive ranks share out the experts, so that their all-to-all stays inside a node
+when the node is as large as `expert`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def find_problem(layout: Layout, model: ModelConfig, seq_len: int) -> str:
     if seq_len % tensor:
         return f"parallel.tensor={tensor} does not divide data.seq_len={seq_len}"
     if tensor > 1 and model.hidden_size % layout.shard:
-        return f"parallel.shard={layout.shard} does not divide model.hidden_size={model.hidden_size}, as parallel.tensor={tensor} needs"
+        return (
+            f"parallel.shard={layout.shard} does not divide model.hidden_size={model.hidden_size}, "
+            f"as parallel.tensor={tensor} needs"
+        )
     if expert == 1:
         return ""
     if not model.n_routed_experts:
@@ -106,7 +109,7 @@ def legal_layouts(world_size: int, model: ModelConfig, seq_len: int) -> Iterator
 
 
 def expert_share(num_experts: int, parts: int, part: int) -> range:
-    """The experts of one of `parts` ranks: equal runs, the last ones shorter or empty (63 on 8: seven times 8, then 7)."""
+    """The experts of one of `parts` ranks: equal runs, the last shorter or empty (63 on 8: seven times 8, then 7)."""
     size = math.ceil(num_experts / parts)
     return range(min(part * size, num_experts), min((part + 1) * size, num_experts))
 

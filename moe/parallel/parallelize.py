@@ -1,5 +1,5 @@
 """The one function that turns the single-device model into what a run executes, always in this order:
-activation checkpointing -> compile -> FSDP2.
+tensor and expert parallelism -> activation checkpointing -> compile -> FSDP2.
 
 Precision has one mechanism on every world size, one included: parameters are float32 masters held by FSDP2; its
 mixed-precision policy hands blocks a copy in the compute dtype, kept across the micro-batches of a step so that the
@@ -8,81 +8,187 @@ cast is paid once; gradients accumulate and reduce in float32. Routers are group
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from itertools import pairwise
 
-from moe.config.schema import RuntimeConfig
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from moe.config.schema import ParallelConfig, RuntimeConfig
 from moe.model import Block, MoE, Transformer
+from moe.model.experts import local
 from moe.model.router import TopKRouter
+from moe.parallel.exchange import ExchangeDispatcher
+from moe.parallel.tensor import split_statistics, split_tensors
 from moe.parallel.world import World
 
 
-def parallelize(model: Transformer, world: World, compute_dtype: torch.dtype, runtime: RuntimeConfig) -> None:
-    """Prepare `model`, whose float32 parameters are on `world.device`, in place; parameter names stay as they are."""
+def parallelize(
+    model: Transformer,
+    world: World,
+    compute_dtype: torch.dtype,
+    runtime: RuntimeConfig,
+    parallel: ParallelConfig | None = None,
+) -> None:
+    """Prepare `model`, whose float32 parameters are on `world.device` or on meta, in place; names stay as they are.
+
+    Of a model on meta only the parts that belong to this rank need ever exist: `to_empty`, then `initialise`.
+    """
+    parallel = parallel or ParallelConfig()
+    if world.layout.tensor > 1:
+        split_tensors(model, world)
+    split_statistics(model, world)
+    if world.layout.expert > 1:
+        _split_experts(model, world)
     for block in model.layers.values():
         assert isinstance(block, Block)
-        block.recompute = runtime.activation_checkpointing
-        if isinstance(block.mlp, MoE):
-            block.mlp.pool = world.sum
+        # a compiled region chooses by itself what is cheap enough to be computed again
+        is_left_to_compiler = runtime.compile and runtime.activation_checkpointing == "selective"
+        block.recompute = "none" if is_left_to_compiler else runtime.activation_checkpointing
     if runtime.compile:
-        _compile(model, compute_dtype)
-    _shard(model, world, compute_dtype)
+        _compile(model, world, compute_dtype)
+    _shard(model, world, compute_dtype, parallel)
 
 
-def _compile(model: Transformer, compute_dtype: torch.dtype) -> None:
+def _split_experts(model: Transformer, world: World) -> None:
+    """Leave this rank its share of every layer's experts."""
+    mesh = world.sparse["expert"]
+    for mixture in model.moe_blocks():
+        mixture.dispatcher = ExchangeDispatcher(mixture.config.n_routed_experts, mesh.get_group())
+        experts = mixture.experts
+        for name, parameter in list(experts.named_parameters()):
+            share = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(share))
+
+
+def _compile(model: Transformer, world: World, compute_dtype: torch.dtype) -> None:
     """Compile what has static shapes, each part on its own.
 
-    A local dispatch has them too: N K rows however they are routed. One that exchanges rows between ranks has not, and
-    must stay between compiled regions.
+    A local dispatch has them too: N K rows however they are routed. One that exchanges rows between ranks has not; it
+    stays between compiled regions, and the experts are compiled for any number of rows.
     """
     for block in model.layers.values():
         assert isinstance(block, Block)
         block.attend = torch.compile(block.attend)  # type: ignore[method-assign]
         if isinstance(block.mlp, MoE):
-            _compile_mixture(block.mlp, compute_dtype)
+            _compile_mixture(block.mlp, world, compute_dtype)
         else:
             block.mlp.compile()
-    if model.lm_head is not None:
+    if model.lm_head is not None and world.layout.tensor == 1:
         model.lm_head.chunk_loss = torch.compile(model.lm_head.chunk_loss)  # type: ignore[method-assign]
 
 
-def _compile_mixture(mixture: MoE, compute_dtype: torch.dtype) -> None:
+def _compile_mixture(mixture: MoE, world: World, compute_dtype: torch.dtype) -> None:
     if isinstance(mixture.gate, TopKRouter):
         mixture.gate.score = torch.compile(mixture.gate.score)  # type: ignore[method-assign]
     if mixture.experts.backend == "grouped_mm" and compute_dtype == torch.bfloat16:  # torch traces it in no other dtype
-        mixture.routed = torch.compile(mixture.routed)  # type: ignore[method-assign]
-    if mixture.config.seq_aux:  # the pooled form may all-reduce
+        if _are_experts_apart(world):
+            mixture.experts.forward = torch.compile(mixture.experts.forward, dynamic=True)  # type: ignore[method-assign]
+        else:
+            mixture.routed = torch.compile(mixture.routed)  # type: ignore[method-assign]
+    if mixture.config.seq_aux and world.layout.tensor == 1:  # elsewhere they may all-reduce
         mixture.statistics = torch.compile(mixture.statistics)  # type: ignore[method-assign]
     if mixture.shared_experts is not None:
         mixture.shared_experts.compile()
 
 
-def _shard(model: Transformer, world: World, compute_dtype: torch.dtype) -> None:
+def _are_experts_apart(world: World) -> bool:
+    """Whether routed experts lie on other ranks, or are sharded over others, than the dense weights around them."""
+    return world.layout.expert > 1 or world.layout.tensor > 1
+
+
+def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, parallel: ParallelConfig) -> None:
     # inputs are cast by the model itself: FSDP would round the rotary angles and the gate weights to the compute dtype
     compute = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    dense, sparse = _fsdp_mesh(world.dense, "shard"), _fsdp_mesh(world.sparse, "expert_shard")
+    reshard, across = parallel.reshard, _across_the_split
     for block in model.layers.values():
-        if isinstance(block.mlp, MoE) and isinstance(block.mlp.gate, TopKRouter):
-            fully_shard(block.mlp.gate, mesh=world.mesh, mp_policy=exact, reshard_after_forward=False)
-        fully_shard(block, mesh=world.mesh, mp_policy=compute, reshard_after_forward=False)
-    fully_shard(model, mesh=world.mesh, mp_policy=compute, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # gradients are divided once, by the step's global token count, inside the loss
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        if isinstance(block.mlp, MoE):
+            if isinstance(block.mlp.gate, TopKRouter):
+                fully_shard(block.mlp.gate, mesh=dense, mp_policy=exact, reshard_after_forward=reshard)
+            if _are_experts_apart(world):
+                fully_shard(
+                    block.mlp.experts,
+                    mesh=sparse,
+                    mp_policy=compute,
+                    reshard_after_forward=reshard,
+                    shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
+                )
+        fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)
+    fully_shard(model, mesh=dense, mp_policy=compute, reshard_after_forward=False, shard_placement_fn=across)
+    for module in _fsdp_modules(model):
+        # gradients are divided once, by the step's global token count, inside the loss
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    _prefetch(model)
 
 
-def mark_last_micro_batch(model: Transformer, is_last: bool) -> None:
-    """Only the last backward pass of a step reduces gradients and frees the compute copies."""
+def _fsdp_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    return mesh["replicate", axis] if mesh["replicate"].size() > 1 else mesh[axis]
+
+
+def _across_the_split(parameter: nn.Parameter) -> Shard | None:
+    """Shard what tensor parallelism has split by rows along its columns: on one dimension the shards of a rank would
+    interleave with the others'."""
+    return Shard(1) if isinstance(parameter, DTensor) and parameter.placements[0] == Shard(0) else None
+
+
+def _along_hidden_size(parameter: nn.Parameter) -> Shard:
+    """gate_up_proj (E, 2, I, H), down_proj (E, H, I): H divides evenly by the ranks, unlike E and often I."""
+    return Shard(3) if parameter.dim() == 4 else Shard(1)
+
+
+def _prefetch(model: Transformer) -> None:
+    """Gather the next block's weights while this one computes, in an order that does not wait for the host: a dispatch
+    between ranks holds it up."""
+    parts = [_fsdp_modules(block) for block in model.layers.values()]
+    for own, following in pairwise(parts):
+        own[0].set_modules_to_forward_prefetch(following)
+    for own, following in pairwise(reversed(parts)):
+        own[0].set_modules_to_backward_prefetch(following)
+
+
+def _fsdp_modules(module: nn.Module) -> list[FSDPModule]:
+    """Outermost first."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def mark_last_micro_batch(model: Transformer, is_last: bool, reshard: bool = False) -> None:
+    """Only the last backward pass of a step reduces gradients and frees the compute copies, unless they are resharded
+    after every use: then each pass reduces over the shards, and only the last over the copies of the model."""
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(is_last)
-    model.set_reshard_after_backward(is_last)
+    model.set_requires_gradient_sync(is_last or reshard)
+    if reshard:
+        model.set_requires_all_reduce(is_last)
+    model.set_reshard_after_backward(is_last or reshard)
     model.set_is_last_backward(is_last)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+@torch.no_grad()
+def sum_token_gradients(model: Transformer, world: World) -> None:
+    """Complete the gradients of norms and routers, of which every rank along `tensor` holds the whole but has fed it
+    only its own tokens; one all-reduce for all of them."""
+    if world.layout.tensor == 1:
+        return
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None and _axes(p) <= {"replicate", "shard"}]
+    total = world.tensor_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def copies(parameter: nn.Parameter, world: World) -> int:
+    """How many ranks hold each element of a parallelized parameter."""
+    assert isinstance(parameter, DTensor)
+    placed = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    shards = 1
+    for size, placement in placed:
+        shards *= size if placement.is_shard() else 1
+    return world.size // shards
+
+
+def _axes(parameter: Tensor) -> set[str]:
+    assert isinstance(parameter, DTensor)
+    return set(parameter.device_mesh.mesh_dim_names or ())

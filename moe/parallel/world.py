@@ -1,51 +1,103 @@
-"""Which process this is among how many, on what device, and the mesh they form."""
+"""Which process this is among how many, on what device, and the meshes they form."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe.config.errors import ConfigError
+from moe.parallel.layout import Layout
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
+    """The ranks of a run, this process's place among them, and their two views (see `moe.parallel.layout`)."""
+
     rank: int
-    size: int
     device: torch.device
-    mesh: DeviceMesh
-    """One axis, "shard": data parallel with sharded parameters."""
+    layout: Layout
+    dense: DeviceMesh
+    """replicate x shard x tensor: what holds all weights but the routed experts'."""
+    sparse: DeviceMesh
+    """replicate x expert_shard x expert: the same ranks as the routed experts see them."""
+    group: dist.ProcessGroup
+    """All ranks."""
+
+    @property
+    def size(self) -> int:
+        return self.layout.world_size
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which share of every global batch is this rank's, of `layout.data`; ranks along `tensor` have the same."""
+        return self.rank // self.layout.tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.layout.tensor
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """All-reduce `tensor` in place over the ranks and return it; costs nothing on one."""
+        """All-reduce `tensor` in place over all ranks and return it; costs nothing on one."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.mesh.get_group())
+            dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def tensor_sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce `tensor` in place over the ranks that share a sequence, and return it."""
+        if self.layout.tensor > 1:
+            dist.all_reduce(tensor, group=self.dense.get_group("tensor"))
+        return tensor
+
+    def once(self, value: T, otherwise: T) -> T:
+        """`value` on the first of the ranks that share a sequence, else `otherwise`: what all of them know, for sums
+        that must count it once."""
+        return value if self.tensor_rank == 0 else otherwise
 
     def gather(self, value: T) -> list[T]:
         """The small `value` of every rank, in order, on every rank."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def gather_data(self, value: T) -> list[T]:
+        """As `gather`, one value for each share of the data."""
+        return self.gather(value)[:: self.layout.tensor]
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
+
+
+def build_world(layout: Layout, device: torch.device, first: int = 0) -> World | None:
+    """The world of the ranks from `first` on, as many as `layout` needs; None on the others, which take part in
+    building it."""
+    ranks = torch.arange(first, first + layout.world_size)
+    views = (
+        ((layout.replicate, layout.shard, layout.tensor), ("replicate", "shard", "tensor")),
+        ((layout.replicate, layout.expert_shard, layout.expert), ("replicate", "expert_shard", "expert")),
+    )
+    dense, sparse = (DeviceMesh(device.type, ranks.view(shape), mesh_dim_names=names) for shape, names in views)
+    everyone = layout.world_size == dist.get_world_size()
+    group = dist.group.WORLD if everyone else dist.new_group(ranks.tolist())
+    if dist.get_rank() not in ranks or group is None:
+        return None
+    return World(dist.get_rank() - first, device, layout, dense, sparse, group)
 
 
 def choose_device(name: str) -> torch.device:
@@ -58,21 +110,34 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def _all_sharded(world_size: int) -> Layout:
+    return Layout(shard=world_size)
+
+
 @contextmanager
-def join_world(device_name: str) -> Iterator[World]:
-    """Start torch.distributed as torchrun or srun laid it out, or as a world of one; leave it on exit."""
+def join_world(
+    device_name: str, choose_layout: Callable[[int], Layout] = _all_sharded, timeout: int = 600
+) -> Iterator[World]:
+    """Start torch.distributed as torchrun or srun laid it out, or as a world of one; leave it on exit.
+
+    `choose_layout` is given the number of ranks, before any of them is contacted; a rank that waits for others gives up
+    after `timeout` seconds.
+    """
     _translate_slurm()
+    layout = choose_layout(int(os.environ.get("WORLD_SIZE", "1")))
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(seconds=timeout)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
+        world = build_world(layout, device)
+        assert world is not None
+        yield world
     finally:
         dist.destroy_process_group()
 

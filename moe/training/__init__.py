@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from data.errors import DataError, complaint
 from moe.checkpoint import CheckpointError
 from moe.config import Config, ConfigError
-from moe.parallel import choose_device, join_world
+from moe.parallel import Layout, choose_device, join_world, resolve
 from moe.telemetry import MetricsError
 from moe.training.guard import NumericalAbort
 from moe.training.run_lock import RunFolderBusy
@@ -54,8 +55,15 @@ def _run(config: Config, command: Sequence[str]) -> bool:
         require_repeatable_kernels()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     stop = StopSignal(choose_device(config.runtime.device), world_size)
-    with stop.listening(), join_world(config.runtime.device) as world:
+    with (
+        stop.listening(),
+        join_world(config.runtime.device, partial(_layout, config), config.parallel.timeout) as world,
+    ):
         return Session(config, world, stop, command).execute()
+
+
+def _layout(config: Config, world_size: int) -> Layout:
+    return resolve(config.parallel, world_size, config.model.build(), config.data.seq_len)
 
 
 def require_repeatable_kernels() -> None:

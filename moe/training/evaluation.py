@@ -29,7 +29,7 @@ def evaluate(
     sums = torch.zeros(len(languages), 3, dtype=torch.float64, device=world.device)  # nats, labels, bytes
     for source in stream.text.sources:
         index = languages.index(stream.text.language_of[source])
-        for batch in validation_batches(stream, source, batch_size, world.rank, world.size):
+        for batch in validation_batches(stream, source, batch_size, world.data_rank, world.layout.data):
             if should_stop():
                 return None
             batch = batch.to(world.device, non_blocking=True)
@@ -39,7 +39,8 @@ def evaluate(
             num_bytes = (byte_lengths[batch.labels.clamp(min=0)] * scored).sum()
             nats, labels = (value.sum() for value in output.loss)
             sums[index] += torch.stack([nats, labels, num_bytes]).double()
-    return summarise(world.sum(sums).cpu().numpy(), languages)
+    sums = world.sum(world.once(sums, torch.zeros_like(sums)))
+    return summarise(sums.cpu().numpy(), languages)
 
 
 def summarise(sums: np.ndarray, languages: tuple[str, ...]) -> dict[str, Any]:

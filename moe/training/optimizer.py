@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe.config.schema import OptimConfig, ScheduleConfig
-from moe.parallel import World, local
+from moe.parallel import World, copies, local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW, weight decay on matrices only; its state is allocated now, so that every checkpoint holds it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    grouped: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for parameter in parameters:  # one kernel launch takes tensors of one mesh
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        grouped.setdefault((mesh, parameter.dim() > 1), []).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (_, is_matrix), members in grouped.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     for parameter in parameters:
@@ -52,11 +58,16 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleCo
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module, world: World) -> Tensor:
-    """The Euclidean norm of all gradients, over dense and expert shards of all ranks alike; a device scalar."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    # float64: torch's float32 norm on the CPU is off by 4e-4 at ten million elements
-    squares = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64)).square().sum()
-    return world.sum(squares).sqrt().float()
+    """The Euclidean norm of all gradients, each element counted once, wherever it lies; a device scalar."""
+    gradients: dict[int, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradients.setdefault(copies(parameter, world), []).append(local(parameter.grad))
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for ranks, tensors in gradients.items():
+        # float64: torch's float32 norm on the CPU is off by 4e-4 at ten million elements
+        total += torch.stack(torch._foreach_norm(tensors, dtype=torch.float64)).square().sum() / ranks
+    return world.sum(total).sqrt().float()
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class Session:
             config.train.global_batch_size, [(end, size) for end, size in config.train.batch_ramp]
         )
         spec = stream_spec(self._data, self.text, self.batch_sizes, config.train.seed)
-        self.recipe = recipe(config, {"text": self.text.digest, **spec.to_json()}, world.size)
+        self.recipe = recipe(config, {"text": self.text.digest, **spec.to_json()}, world.layout.data)
         run = config.run or run_id(self.recipe)
         self.folder = Path(config.output_dir) / config.name / run
         self.stream = open_stream(self.text, spec)
@@ -68,17 +68,17 @@ class Session:
     def _build_loader(self) -> Loader:
         train, world = self.config.train, self.world
         for size in self.batch_sizes.sizes:
-            if size % (train.micro_batch_size * world.size):
+            if size % (train.micro_batch_size * world.layout.data):
                 raise ConfigError(
                     f"train.global_batch_size must be a multiple of train.micro_batch_size={train.micro_batch_size} "
-                    f"times the {world.size} data-parallel ranks, not {size}"
+                    f"times the {world.layout.data} data-parallel ranks, not {size}"
                 )
         return open_loader(
             self.stream,
             self.batch_sizes,
             train.micro_batch_size,
-            dp_rank=world.rank,
-            dp_size=world.size,
+            dp_rank=world.data_rank,
+            dp_size=world.layout.data,
             workers=self.config.data.workers,
             prefetch=self.config.data.prefetch,
             pin_memory=world.device.type == "cuda",
@@ -93,15 +93,16 @@ class Session:
             backend = resolve_backend(runtime.expert_backend, device, dtype, widths)
         except ValueError as error:
             raise ConfigError(f"runtime.expert_backend: {error}") from None
-        with device:
+        with torch.device("meta"):  # only this rank's part of the weights ever comes into being
             model = Transformer(
                 config,
                 num_languages=len(self.text.languages),
                 expert_backend=backend,
                 loss_chunk_size=runtime.loss_chunk_size,
             )
+        parallelize(model, self.world, dtype, runtime, self.config.parallel)
+        model.to_empty(device=device)
         initialise(model, config.initializer_range, self.config.train.seed)
-        parallelize(model, self.world, dtype, runtime)
         return model, backend
 
     def execute(self) -> bool:
@@ -192,7 +193,7 @@ class Session:
         state = {
             "recipe": self.recipe,
             "config": redact(dataclasses.asdict(self.config)),
-            "data": whole_state(self.loader, self.world.gather),
+            "data": whole_state(self.loader, self.world.gather_data),
             "validated_step": self.validated_step,
             "elapsed_seconds": self.rows.stopwatch.read(),
             "layout": self.log.environment(),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data import Batch
 from moe.config.schema import Config
-from moe.model import RoutingStats, Transformer
-from moe.parallel import World, mark_last_micro_batch
+from moe.model import LossSums, RoutingStats, Transformer
+from moe.parallel import World, mark_last_micro_batch, sum_token_gradients
 from moe.telemetry.accumulator import MetricAccumulator, StepSums
 from moe.training.forward import forward
 from moe.training.guard import StepGuard
@@ -40,7 +40,7 @@ class Trainer:
         self.sums.clear()
         num_labels, num_tokens = self._count(micro_batches)
         for index, batch in enumerate(micro_batches):
-            mark_last_micro_batch(self.model, is_last=index == len(micro_batches) - 1)
+            mark_last_micro_batch(self.model, index == len(micro_batches) - 1, self.config.parallel.reshard)
             self._forward_backward(batch.to(self.world.device, non_blocking=True), num_labels, num_tokens)
         self.world.sum(self.sums.packed)
         self._update(step, num_labels)
@@ -48,8 +48,8 @@ class Trainer:
     def _count(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
         """Labels and tokens of the whole global batch, on the device, before any backward pass."""
         counts = [
-            sum(b.num_labels() for b in micro_batches),
-            sum(b.valid.sum() for b in micro_batches),
+            self.world.once(sum(b.num_labels() for b in micro_batches), 0),
+            self.world.once(sum(b.valid.sum() for b in micro_batches), 0),
             self.stop.value(),
         ]
         totals = torch.tensor([float(count) for count in counts], dtype=torch.float64)
@@ -68,11 +68,14 @@ class Trainer:
         if output.routing:
             loss = loss + balance_sum(output.routing) / num_tokens
         loss.backward()
-        self.sums.add(output.loss, output.routing)
+        # ranks that share a sequence know its whole loss, but only their own tokens' routing
+        counted = self.world.once(output.loss, LossSums(*map(torch.zeros_like, output.loss)))
+        self.sums.add(counted, output.routing)
 
     def _update(self, step: int, num_labels: Tensor) -> None:
         """Clip, judge, and let AdamW and the routers' biases move if the step counts."""
         optim = self.config.optim
+        sum_token_gradients(self.model, self.world)
         norm = gradient_norm(self.model, self.world)
         keep = self.guard.judge(self.sums.cross_entropy / num_labels, norm)
         clip_gradients(self.model, norm, optim.max_grad_norm)

@@ -61,7 +61,7 @@ def build_model(config: Config, world: World) -> Transformer:
         loss_chunk_size=runtime.loss_chunk_size,
     )
     initialise(model, config.model.initializer_range, seed=0)
-    parallelize(model, world, dtype, runtime)
+    parallelize(model, world, dtype, runtime, config.parallel)
     return model
 
 
@@ -95,8 +95,10 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [Batch(**{name: chunks[part] for name, chunks in tensors.items()}) for part in range(parts)]
 
 
-def step_loss(model: Transformer, batch: Batch, num_labels: Tensor | int, num_tokens: Tensor | int) -> Tensor:
-    """What the trainer differentiates for one micro-batch."""
+def step_terms(
+    model: Transformer, batch: Batch, num_labels: Tensor | int, num_tokens: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and balance terms of one micro-batch, as parts of the whole step's."""
     output = model(
         batch.input_ids,
         labels=batch.labels,
@@ -105,7 +107,13 @@ def step_loss(model: Transformer, batch: Batch, num_labels: Tensor | int, num_to
         valid=batch.valid,
     )
     assert output.loss is not None
-    return output.loss.cross_entropy.sum() / num_labels + balance_sum(output.routing) / num_tokens
+    balance = balance_sum(output.routing) if output.routing else torch.zeros(())
+    return output.loss.cross_entropy.sum() / num_labels, balance / num_tokens
+
+
+def step_loss(model: Transformer, batch: Batch, num_labels: Tensor | int, num_tokens: Tensor | int) -> Tensor:
+    """What the trainer differentiates for one micro-batch."""
+    return sum(step_terms(model, batch, num_labels, num_tokens), torch.zeros(()))
 
 
 def accumulate(model: Transformer, batches: list[Batch]) -> Tensor:

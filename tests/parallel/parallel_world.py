@@ -25,13 +25,12 @@ from parallel_helpers import (
     step_loss,
 )
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from data import Batch
 from moe.kernels.experts import swiglu
 from moe.model import Transformer
-from moe.parallel import World, local, mark_last_micro_batch
+from moe.parallel import Layout, World, build_world, local, mark_last_micro_batch
 from moe.training.optimizer import gradient_norm
 
 WORLD_SIZE = 4
@@ -40,12 +39,10 @@ CPU = torch.device("cpu")
 
 def world_of(size: int) -> World | None:
     """The first `size` ranks as a world, None on the others; size 1 is a world of its own on every rank."""
-    ranks = [dist.get_rank()] if size == 1 else list(range(size))
-    group = dist.new_group(ranks, use_local_synchronization=size == 1)
-    if dist.get_rank() not in ranks:
-        return None
-    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",))
-    return World(ranks.index(dist.get_rank()), size, CPU, mesh)
+    if size > 1:
+        return build_world(Layout(shard=size), CPU)
+    worlds = [build_world(Layout(), CPU, first) for first in range(WORLD_SIZE)]
+    return worlds[dist.get_rank()]
 
 
 def share(batch: Batch, world: World) -> Batch:
@@ -178,7 +175,7 @@ def a_shard_of_the_width_keeps_gate_and_up_together(rank: int, folder: Path) -> 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(10, 32, generator=generator)
     gate_up, down = torch.randn(3, 2, 16, 32, generator=generator), torch.randn(3, 32, 16, generator=generator)
-    part, down_part = (local(distribute_tensor(t, world.mesh, [Shard(2)])) for t in (gate_up, down))
+    part, down_part = (local(distribute_tensor(t, world.dense["shard"], [Shard(2)])) for t in (gate_up, down))
     assert part.shape == (3, 2, 4, 32)
     for expert in range(3):
         whole = swiglu((x @ gate_up[expert].flatten(0, 1).T).unflatten(1, (2, -1))) @ down[expert].T

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.parallel import World
 
-ON = {"activation_checkpointing": True}
+ON = {"activation_checkpointing": "full"}
 
 
 class OperatorCounter(TorchDispatchMode):

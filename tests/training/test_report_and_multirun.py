@@ -69,7 +69,7 @@ def test_baselines_train(tmp_path: Path, cache: Path, variant: str) -> None:
 def test_recomputation_and_every_balance_term_train(tmp_path: Path, cache: Path) -> None:
     terms = ["model.device_aux_loss_alpha=0.05", "model.n_device_groups=4", "model.router_z_loss_alpha=0.001"]
     train(tmp_path / "kept", cache, "train.steps=4", *terms)
-    train(tmp_path / "recomputed", cache, "train.steps=4", *terms, "runtime.activation_checkpointing=true")
+    train(tmp_path / "recomputed", cache, "train.steps=4", *terms, "runtime.activation_checkpointing=full")
     assert {"expert_balance_loss", "device_balance_loss", "router_z_loss"} <= set(metrics(tmp_path / "kept")[0])
     assert final_state(tmp_path / "kept")["shards"] == final_state(tmp_path / "recomputed")["shards"]
 

@@ -1,0 +1,119 @@
+"""Tensor and sequence parallelism: the ranks along `tensor` share the sequences of a micro-batch.
+
+Between the matrices each rank holds its part of every sequence, (B, T / tensor, H), so norms, routers and routed
+experts work on tokens of their own. Attention, dense and shared FFNs gather the sequence, split heads or width, and
+scatter the sum. Embedding, head and loss split the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from moe.model import IGNORE_INDEX, MLP, Block, LMHead, MoE, Tokens, Transformer
+from moe.model.experts import local
+from moe.parallel.world import World
+
+SEQUENCE = Shard(1)
+
+
+def split_tensors(model: Transformer, world: World) -> None:
+    """Split the dense matrices of `model` over `tensor`, in place."""
+    mesh = world.dense["tensor"]
+    plan: dict[str, ParallelStyle] = {
+        "embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE)
+    }
+    for index, block in model.layers.items():
+        assert isinstance(block, Block)
+        plan |= {f"layers.{index}.self_attn{name}": style for name, style in _attention_plan().items()}
+        for name, module in block.named_modules():
+            if isinstance(module, MLP):
+                plan |= {f"layers.{index}.{name}{part}": style for part, style in _mlp_plan().items()}
+    parallelize_module(model, mesh, plan, src_data_rank=None)
+    model.own_tokens = lambda tokens: _own_part(tokens, world)
+    if model.lm_head is not None:
+        _split_head(model.lm_head, mesh)
+
+
+def _attention_plan() -> dict[str, ParallelStyle]:
+    others = (None,) * 4
+    column, row = ColwiseParallel(), RowwiseParallel(output_layouts=SEQUENCE)
+    gather = PrepareModuleInput(input_layouts=(SEQUENCE, *others), desired_input_layouts=(Replicate(), *others))
+    return {"": gather, ".q_proj": column, ".k_proj": column, ".v_proj": column, ".o_proj": row}
+
+
+def _mlp_plan() -> dict[str, ParallelStyle]:
+    column, row = ColwiseParallel(), RowwiseParallel(output_layouts=SEQUENCE)
+    gather = PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
+    return {"": gather, ".gate_proj": column, ".up_proj": column, ".down_proj": row}
+
+
+def _own_part(tokens: Tokens, world: World) -> Tokens:
+    """(B, T) -> (B, T / tensor), those whose hidden states this rank holds between the matrices."""
+    return Tokens(*(tensor.chunk(world.layout.tensor, dim=1)[world.tensor_rank].contiguous() for tensor in tokens))
+
+
+def _split_head(head: LMHead, mesh: DeviceMesh) -> None:
+    """Every rank scores all tokens against its rows of the vocabulary."""
+    head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(0)], src_data_rank=None))
+    group = mesh.get_group()
+
+    def gather(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = arguments
+        whole = DTensor.from_local(hidden, mesh, [SEQUENCE], run_check=False).redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Partial()]), *others
+
+    def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, label_languages: Tensor) -> Tensor:
+        logits = F.linear(hidden, local(weight))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = VocabularyParallelCrossEntropy.apply(logits, labels, group)
+        return losses @ F.one_hot(label_languages, head.num_languages).to(losses.dtype)
+
+    head.register_forward_pre_hook(gather)
+    head.chunk_loss = chunk_loss  # type: ignore[method-assign]
+
+
+class VocabularyParallelCrossEntropy(torch.autograd.Function):
+    """(N, V / P) logits of this rank's part of the vocabulary, (N,) labels -> (N,) losses, equal on the P ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        peak = logits.amax(dim=-1)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        exponentials = (logits - peak[:, None]).exp_()
+        place = labels - dist.get_rank(group) * logits.shape[1]
+        is_own = (place >= 0) & (place < logits.shape[1])
+        place = torch.where(is_own, place, 0)
+        target = torch.where(is_own, logits.gather(1, place[:, None])[:, 0] - peak, 0)
+        sums = torch.stack([exponentials.sum(dim=-1), target])
+        dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(exponentials.div_(sums[0, :, None]), place, is_own, labels)
+        return torch.where(labels == IGNORE_INDEX, 0, sums[0].log() - sums[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        probabilities, place, is_own, labels = ctx.saved_tensors
+        grad = torch.where(labels == IGNORE_INDEX, 0, grad)
+        grad_logits = probabilities * grad[:, None]
+        grad_logits.scatter_add_(1, place[:, None], torch.where(is_own, -grad, 0)[:, None])
+        return grad_logits, None, None
+
+
+def split_statistics(model: Transformer, world: World) -> None:
+    """Let balance losses see whole sequences, or all of a micro-batch over all ranks where they pool it."""
+    for block in model.layers.values():
+        if isinstance(block.mlp, MoE):
+            block.mlp.pool = world.tensor_sum if block.mlp.config.seq_aux else world.sum
