@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors
     from data.batch import IGNORE_INDEX, Batch
-    from data.documents import Document, read_jsonl
+    from data.documents import Document
     from data.errors import EXIT_DATA_ERROR, DataError
     from data.loader import BatchSizes, TrainLoader
     from data.order import Mixture, Stage
@@ -45,7 +45,6 @@ _HOME = {
     "IGNORE_INDEX": "batch",
     "Batch": "batch",
     "Document": "documents",
-    "read_jsonl": "documents",
     "EXIT_DATA_ERROR": "errors",
     "DataError": "errors",
     "BatchSizes": "loader",

@@ -1,4 +1,4 @@
-"""Documents: one text with its language and where it came from; and what makes a row a bad one."""
+"""Documents: one text with its language and source; and what makes a row a bad one."""
 
 from __future__ import annotations
 
@@ -32,22 +32,6 @@ class Document:
 
 class RowProblem(ValueError):
     """What is wrong with one row; the reader of the file knows which row."""
-
-
-def read_jsonl(path: str | Path) -> Iterator[Document]:
-    """Yield the documents of a file whose lines are `{"text": ..., "lang": ..., "source": ...}` (`source` optional).
-
-    Raises:
-        DataError: the file cannot be read, or a row is malformed; the line reads `path:row: reason`.
-    """
-    path = Path(path)
-    require_file(path)
-    try:
-        with path.open("rb") as file:
-            for number, (line, _) in enumerate(read_lines(file), start=1):
-                yield _document(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def require_file(path: Path) -> None:
@@ -110,17 +94,6 @@ def language_of(value: object, field: str = "lang") -> str:
     if not isinstance(value, str) or not LANGUAGE.fullmatch(value):
         raise RowProblem(f"`{field}` must be a language tag such as en, zh or zh-hant")
     return value
-
-
-def _document(line: bytes | None, where: str) -> Document:
-    try:
-        row = parse_object(line)
-        text, language, source = text_of(row.get("text")), language_of(row.get("lang")), row.get("source", "")
-        if not isinstance(source, str):
-            raise RowProblem("`source` must be a string")
-        return Document(text, language, _encodable(source))
-    except RowProblem as problem:
-        raise DataError(f"{where}: {problem}") from problem
 
 
 def _encodable(text: str) -> str:

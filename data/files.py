@@ -6,12 +6,14 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import xxhash
+
+T = TypeVar("T")
 
 
 def file_digest(path: Path) -> str:
@@ -66,6 +68,32 @@ def new_folder(out: Path, inside: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def cached_folder(folder: Path, read: Callable[[Path], T], fill: Callable[[Path], object]) -> T:
+    """What `read` finds in `folder`; `fill` makes its content first where it is missing or damaged.
+
+    Any number of processes may call this at once: one fills, the others wait. Where the file system has no locks they
+    all fill, and the first rename wins.
+
+    Raises:
+        OSError, DataError: of `fill`, or of `read` behind it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / f".{folder.name}.lock") as alone:
+        try:
+            return read(folder)
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(folder, ignore_errors=True)
+        for left in folder.parent.glob(f".{folder.name}.tmp-*") if alone else ():  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            with new_folder(folder) as scratch:
+                fill(scratch)
+        except OSError:
+            if not folder.exists():
+                raise
+    return read(folder)
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Give an OSError that names no file, such as that of a full disk, the name of what was being written."""
@@ -77,12 +105,17 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`; a process that dies gives it up."""
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on `path`; a process that dies gives it up. Yields whether the file system has locks.
+
+    Some network file systems have none: callers must be safe without, only slower.
+    """
     with path.open("w") as file:
-        with suppress(OSError):  # some network file systems have no locks: callers must be safe without, only slower
+        has_locks = False
+        with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            has_locks = True
+        yield has_locks
 
 
 def _sync(path: Path) -> None:

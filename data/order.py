@@ -107,7 +107,8 @@ def _rounds(
 
 
 def _round_keys(key: int) -> np.ndarray:
-    return (_scramble(np.uint64(key) + np.arange(ROUNDS, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32)
+    keys = scramble(np.arange(ROUNDS, dtype=np.uint64) + np.uint64(key) + np.uint64(0x9E3779B97F4A7C15))
+    return (keys >> np.uint64(32)).astype(np.uint32)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -120,9 +121,8 @@ def _mix(value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _scramble(value: np.ndarray) -> np.ndarray:
-    """One output of the SplitMix64 generator (Steele, Lea and Flood, 2014), modulo 2^64."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
+def scramble(value: np.ndarray) -> np.ndarray:
+    """A permutation of uint64: how the SplitMix64 generator (Steele, Lea and Flood, 2014) mixes its state."""
     value = (value ^ value >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ value >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return value ^ value >> np.uint64(31)

@@ -12,7 +12,7 @@ from data.prepare import prepare_cached
 from data.shards import TokenCorpus
 from data.sources import SourceSpec
 from data.spec import StreamSpec
-from data.stream import Stream, Text
+from data.stream import Stream, Text, require_sources
 from data.text.corpus import TextCorpus
 from data.text.cursor import merge_states
 from data.text.loader import TextLoader
@@ -53,12 +53,7 @@ def source_specs(sources: Mapping[str, Mapping[str, Any]]) -> list[SourceSpec]:
 def stream_spec(data: Mapping[str, Any], text: Text, sizes: BatchSizes, seed: int) -> StreamSpec:
     """What decides the order of `text`; a stage starts with the first sequence of its step."""
     weights = data["weights"] or _own_weights(data, text)
-    if set(weights) != set(text.sources):
-        named, there = (", ".join(sorted(names)) or "none" for names in (weights, text.sources))
-        raise DataError(
-            f"data.weights: name {named}, the text has {there}; name these "
-            "(~data.weights.NAME drops one, weight 0 leaves a source out)"
-        )
+    require_sources("data.weights", weights, text)
     stages = [Stage.of(0, weights, "data.weights")]
     for number, stage in enumerate(data["stages"]):
         where = f"data.stages[{number}].weights"

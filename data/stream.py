@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,12 +53,7 @@ class Stream:
     """
 
     def __init__(self, text: Text, spec: StreamSpec) -> None:
-        if spec.names() != set(text.sources):
-            named, there = (", ".join(sorted(names)) or "none" for names in (spec.names(), text.sources))
-            raise DataError(
-                f"weights: name {named}, the text has {there}; name these "
-                "(~data.weights.NAME drops one, weight 0 leaves a source out)"
-            )
+        require_sources("weights", spec.names(), text)
         self.text, self.spec = text, spec
         self.seq_len = spec.seq_len
         self.fingerprint = spec.fingerprint(text.digest)
@@ -90,6 +85,16 @@ class Stream:
             starts[row, : end - begin] = held_out.document_starts(begin, end)
         place = np.full(count, self.text.sources.index(source))
         return self.assemble(Sequences(tokens, starts, lengths, self.source_languages[place], place))
+
+
+def require_sources(key: str, names: Iterable[str], text: Text) -> None:
+    """Raise DataError, naming `key`, unless `names` are the sources of `text`."""
+    if set(names) != set(text.sources):
+        named, there = (", ".join(sorted(group)) or "none" for group in (names, text.sources))
+        raise DataError(
+            f"{key}: name {named}, the text has {there}; name these "
+            "(~data.weights.NAME drops one, weight 0 leaves a source out)"
+        )
 
 
 def validation_batches(

@@ -33,7 +33,7 @@ def baselines_of(
 
 
 def _text(folder: Path, shard: Shard, tokenizer: Tokenizer) -> bytes:
-    ids = np.fromfile(folder / shard.bin_name, "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    ids = np.fromfile(folder / shard.bin_name, tokenizer.token_type)
     ends = np.fromfile(folder / shard.idx_name, "<u8").astype(np.int64)
     pieces = np.split(ids, ends[DECODE_AT_ONCE - 1 : -1 : DECODE_AT_ONCE])
     return "".join(tokenizer.decode(piece.tolist()) for piece in pieces).encode()

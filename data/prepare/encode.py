@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -76,11 +75,6 @@ def read_facts(work: Path, number: int) -> UnitFacts | None:
     """What `encode_unit` found in unit `number`; None while it is not finished."""
     path = work / f"{number}.json"
     return UnitFacts(**json.loads(path.read_bytes())) if path.exists() else None
-
-
-def token_type(tokenizer: Tokenizer) -> np.dtype:
-    """How ids are stored: uint16 where they fit, else uint32, little-endian."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
 def _documents(spec: SourceSpec, unit: Unit, tokenizer: Tokenizer, facts: UnitFacts, plan: Plan) -> Iterator[Piece]:
@@ -151,13 +145,6 @@ def _encode(batch: list[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     table = np.empty(len(batch), TABLE)
     table["high"], table["low"] = np.frombuffer(hashes, ">u8").reshape(-1, 2).T
     table["row"] = [piece.row for piece in batch]
-    table["tokens"] = [len(document) + 2 for document in ids]
+    out, table["tokens"] = tokenizer.frame(ids)
     table["bytes"] = [len(text) for text in texts]
-    ends = np.cumsum(table["tokens"].astype(np.int64))
-    out = np.empty(ends[-1], token_type(tokenizer))
-    inside = np.ones(len(out), np.bool_)
-    inside[ends - 1] = inside[ends - table["tokens"].astype(np.int64)] = False
-    out[inside] = np.fromiter(chain.from_iterable(ids), out.dtype, len(out) - 2 * len(batch))
-    out[ends - table["tokens"].astype(np.int64)] = tokenizer.bos_id
-    out[ends - 1] = tokenizer.eos_id
     return out, table

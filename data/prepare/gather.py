@@ -19,8 +19,9 @@ import xxhash
 
 from data.errors import DataError
 from data.manifest import MANIFEST, QUARANTINE, TOKENIZER, FileRecord, Manifest, Shard, SourceRecord
+from data.order import scramble
 from data.prepare.baselines import baselines_of
-from data.prepare.encode import TABLE, UnitFacts, read_facts, token_type
+from data.prepare.encode import TABLE, UnitFacts, read_facts
 from data.prepare.plan import Plan
 from data.split import HELD_OUT, held_out_below
 from data.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ def write_corpus(folder: Path, plan: Plan, work: Path, tokenizer: Tokenizer, sel
                 shards += _write_shards(folder, split, spec.name, table, chosen, units, selection.shard_tokens)
     records = _records(plan, facts, languages, quarantined, table, kept)
     manifest = Manifest(
-        dtype=token_type(tokenizer).name,
+        dtype=tokenizer.token_type.name,
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
@@ -256,15 +257,8 @@ def _is_below(high: np.ndarray, low: np.ndarray, bound: int) -> np.ndarray:
 def _ordered(table: Table, documents: np.ndarray, seed: int) -> np.ndarray:
     """`documents` in the order of a hash of their text under `seed`; repetitions in the order of the sources."""
     key = np.uint64(xxhash.xxh3_64_intdigest(seed.to_bytes(8, "little")))
-    mixed = _mix(table.high[documents] ^ key)
+    mixed = scramble(table.high[documents] ^ key)
     return documents[np.lexsort((table.low[documents], mixed))]
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64, a permutation of uint64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class _Units:
@@ -272,7 +266,7 @@ class _Units:
 
     def __init__(self, plan: Plan, work: Path, tokenizer: Tokenizer) -> None:
         self._paths = [work / f"{number}.bin" for number in range(len(plan.units))]
-        self._size = token_type(tokenizer).itemsize
+        self._size = tokenizer.token_type.itemsize
         self._views: dict[int, memoryview] = {}
 
     def __enter__(self) -> _Units:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
@@ -16,9 +13,8 @@ from data.errors import DataError
 from data.prepare.encode import encode_unit
 from data.prepare.plan import Plan
 from data.prepare.progress import Progress, UnitProgress
+from data.processes import start_worker
 from data.tokenizer import Tokenizer
-
-ROOT = Path(__file__).parents[2]
 
 
 def encode_here(plan: Plan, numbers: Iterable[int], work: Path, tokenizer: Tokenizer, progress: Progress) -> None:
@@ -74,23 +70,7 @@ def _next(waiting: SimpleQueue[int]) -> int | None:
 
 class _Worker:
     def __init__(self, work: Path) -> None:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "data.prepare.worker", str(work)]
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            text=True,
-            encoding="utf-8",
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            process_group=0,  # Ctrl-C is for the parent, whose end they notice
-        )
+        self._process = start_worker("-m", "data.prepare.worker", str(work), text=True, encoding="utf-8")
 
     def encode(self, plan: Plan, number: int, progress: Progress) -> None:
         """Have unit `number` encoded. DataError: the worker says why not, or ends."""

@@ -73,10 +73,10 @@ def describe(spec: SourceSpec, url: str) -> SourceFile:
     Raises:
         DataError: it is not there, or its name says a format that is not read.
     """
-    format, compression = _format(spec, url)
     with errors_name(url):
         filesystem, path = open_filesystem(spec, url)
         info = filesystem.info(path)
+        format, compression = _format(spec, url)
         if format == "megatron":
             with errors_name(index_of(url)):
                 index = filesystem.info(index_of(path))

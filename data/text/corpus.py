@@ -49,7 +49,7 @@ class TextCorpus:
         self.tokenizer = Tokenizer.load(tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
         self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
-        self.token_type = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
+        self.token_type = self.tokenizer.token_type
         seen = [plan.digest(), self.tokenizer.digest, str(held_out), asdict(filters)]
         self.digest = xxhash.xxh3_128_hexdigest(json.dumps(seen).encode())
         self.language_of: dict[str, str] = {}

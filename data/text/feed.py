@@ -14,7 +14,6 @@ from data.errors import DataError
 from data.order import permute
 from data.text.corpus import TextCorpus
 from data.text.cursor import Cursor
-from data.text.encode import encode_documents
 from data.text.reader import Reader, Texts
 
 MAX_CHARACTERS = 1 << 15
@@ -82,7 +81,8 @@ class Feed:
 
     def _fill(self) -> None:
         texts, places = self._collect()
-        ids, sizes = encode_documents(self._corpus.tokenizer, texts, self._corpus.token_type)
+        tokenizer = self._corpus.tokenizer
+        ids, sizes = tokenizer.frame(tokenizer.encode_batch(texts))
         first = max(int(np.searchsorted(self._begins, self._at, side="right")) - 1, 0)
         left = self._tokens[self._at :]
         begins = len(left) + np.cumsum(sizes) - sizes

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,11 @@ import numpy as np
 import xxhash
 
 from data.errors import DataError
-from data.files import locked, new_folder
+from data.files import cached_folder
 from data.manifest import Shard
 from data.shards import TokenSource
 from data.sources import Row, SourceSpec, read_unit
 from data.split import SPLIT_KEY, held_out_below, keyed_hash
-from data.text.encode import encode_documents
 from data.text.reader import row_place
 
 if TYPE_CHECKING:
@@ -47,13 +46,7 @@ def open_held_out(corpus: TextCorpus, num_tokens: int, cache_dir: Path) -> HeldO
         raise DataError(f"validation_tokens: {num_tokens} is negative")
     name = xxhash.xxh3_128_hexdigest(f"{VERSION}/{corpus.digest}/{num_tokens}".encode())
     folder = cache_dir / f"held-out-{name}"
-    with locked(cache_dir / f".{folder.name}.lock"):
-        try:
-            return _read(corpus, folder)
-        except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(folder, ignore_errors=True)
-        _write(corpus, num_tokens, folder)
-    return _read(corpus, folder)
+    return cached_folder(folder, partial(_read, corpus), partial(_write, corpus, num_tokens))
 
 
 def _read(corpus: TextCorpus, folder: Path) -> HeldOut:
@@ -66,15 +59,8 @@ def _read(corpus: TextCorpus, folder: Path) -> HeldOut:
 
 
 def _write(corpus: TextCorpus, num_tokens: int, folder: Path) -> None:
-    try:
-        with new_folder(folder) as scratch:
-            facts = {
-                name: _write_source(corpus, place, num_tokens, scratch) for place, name in enumerate(corpus.sources)
-            }
-            (scratch / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-    except OSError:
-        if not folder.exists():  # else another process, on a file system without locks, has finished it first
-            raise
+    facts = {name: _write_source(corpus, place, num_tokens, folder) for place, name in enumerate(corpus.sources)}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _write_source(corpus: TextCorpus, source: int, num_tokens: int, folder: Path) -> dict[str, object]:
@@ -83,7 +69,7 @@ def _write_source(corpus: TextCorpus, source: int, num_tokens: int, folder: Path
     tokens, lengths, text_bytes = [np.empty(0, corpus.token_type)], [np.empty(0, np.int64)], 0
     left = num_tokens
     for texts in _batches(corpus, source, language) if num_tokens and corpus.held_out else ():
-        ids, sizes = encode_documents(corpus.tokenizer, texts, corpus.token_type)
+        ids, sizes = corpus.tokenizer.frame(corpus.tokenizer.encode_batch(texts))
         kept = int(np.searchsorted(np.cumsum(sizes), left)) + 1
         tokens.append(ids[: sizes[:kept].sum()])
         lengths.append(sizes[:kept])

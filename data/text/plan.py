@@ -7,7 +7,6 @@ of JSON Lines is both.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ import numpy as np
 import xxhash
 
 from data.errors import DataError
-from data.files import locked, new_folder
+from data.files import cached_folder
 from data.prepare.plan import resolve_all, sorted_sources
 from data.sources import SourceFile, SourceSpec, Unit, plan_units
 from data.sources.spec import TOKEN_FORMATS
@@ -89,14 +88,7 @@ def make_plan(sources: Sequence[SourceSpec], streams: int, cache_dir: Path) -> P
         [PLAN_VERSION, streams, [asdict(spec) for spec in specs], [[asdict(f) for f in g] for g in files]]
     )
     folder = cache_dir / f"text-{xxhash.xxh3_128_hexdigest(inputs.encode())}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with locked(cache_dir / f".{folder.name}.lock"):
-        try:
-            return read_plan(folder)
-        except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(folder, ignore_errors=True)
-        _write_plan(folder, specs, files, streams)
-    return read_plan(folder)
+    return cached_folder(folder, read_plan, lambda scratch: _write_plan(scratch, specs, files, streams))
 
 
 def read_plan(folder: Path) -> Plan:
@@ -115,14 +107,9 @@ def _write_plan(folder: Path, specs: Sequence[SourceSpec], files: Sequence[Seque
         "sources": [asdict(spec) for spec in specs],
         "files": [[asdict(file) for file in group] for group in files],
     }
-    try:
-        with new_folder(folder) as scratch:
-            (scratch / PLAN).write_text(json.dumps(content), encoding="utf-8")
-            for spec, table in zip(specs, tables, strict=True):
-                np.save(_units_path(scratch, spec), table)
-    except OSError:
-        if not folder.exists():  # else another process, on a file system without locks, has finished it first
-            raise
+    (folder / PLAN).write_text(json.dumps(content), encoding="utf-8")
+    for spec, table in zip(specs, tables, strict=True):
+        np.save(_units_path(folder, spec), table)
 
 
 def _units_path(folder: Path, spec: SourceSpec) -> Path:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from queue import Empty, Full, Queue
 
 import numpy as np
 
 from data.errors import DataError
+from data.processes import start_worker
 from data.spec import StreamSpec
 from data.text.corpus import TextCorpus
 from data.text.cursor import pack_cursors
@@ -23,7 +20,6 @@ from data.text.deal import Dealer, Turn
 from data.text.messages import BAD_ROW, ERROR, FILE, TURN, job_of, receive, unpack_turn
 from data.text.reader import BadRow, Reader
 
-ROOT = Path(__file__).parents[2]
 # Signals that end a run reach workers too; they are the parent's business from the first moment on.
 START = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
@@ -121,7 +117,7 @@ class _Worker:
         self._file = "no file yet"
         self._stopped = threading.Event()
         self._turns: Queue[Turn | DataError] = Queue(TURNS_AHEAD)
-        self._process = _start()
+        self._process = start_worker("-c", START, bufsize=1 << 20)
         self._thread = threading.Thread(target=self._receive, args=(job,), name=self._name, daemon=True)
         self._thread.start()
 
@@ -190,18 +186,3 @@ class _Worker:
             with suppress(Full):
                 self._turns.put(item, timeout=POLL_SECONDS)
                 return
-
-
-def _start() -> subprocess.Popen[bytes]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", START]
-    # A group of their own: Ctrl-C is for the parent, whose end they notice.
-    return subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1 << 20, process_group=0
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ class Tokenizer:
     Attributes:
         vocab_size: the highest id plus one: the rows a model needs.
         num_entries: ids in use, all of `0 .. vocab_size - 1` unless an imported file leaves holes.
+        token_type: how ids are stored: uint16 where they fit, else uint32, little-endian.
         bos, eos, bos_id, eos_id: tokens that open and close a document, and their ids.
         digest: xxh3-128 of the file, hex.
     """
@@ -67,6 +68,7 @@ class Tokenizer:
         check_entries(layout, vocabulary, name)
         self.num_entries = len(vocabulary)
         self.vocab_size: int = max(vocabulary.values()) + 1
+        self.token_type = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
         # Added tokens for ordinary text. The library reads their characters as if they spelled bytes when it decodes,
         # which ruins the 13 letters from À to ÿ that the released models have so.
         added = backend.get_added_tokens_decoder().items()
@@ -102,6 +104,17 @@ class Tokenizer:
                 self._backend.encode_batch_fast([part for parts in cut for part in parts], add_special_tokens=False)
             )
         return [_join([next(encodings).ids for _ in parts]) for parts in cut]
+
+    def frame(self, documents: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """BOS, ids, EOS of every document, one after another, (n,) of `token_type`; the size of each, (D,) int64."""
+        sizes = np.fromiter(map(len, documents), np.int64, len(documents)) + 2
+        ends = np.cumsum(sizes)
+        out = np.empty(int(sizes.sum()), self.token_type)
+        inside = np.ones(len(out), dtype=np.bool_)
+        inside[ends - 1] = inside[ends - sizes] = False
+        out[inside] = np.fromiter(chain.from_iterable(documents), self.token_type, len(out) - 2 * len(documents))
+        out[ends - sizes], out[ends - 1] = self.bos_id, self.eos_id
+        return out, sizes
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens vanish, an incomplete character becomes U+FFFD."""

@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from data import TokenCorpus
+from data import Document, TokenCorpus
 from data.prepare import prepare
+from data.sources import read_documents
+from data.sources.spec import source_of_path
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 SOURCES = [SAMPLE / "en.jsonl", SAMPLE / "zh.jsonl"]
 TOKENIZER = SAMPLE / "tokenizer.json"
+
+
+def documents_of(path: Path) -> list[Document]:
+    """The documents of a file."""
+    return list(read_documents(source_of_path(path)))
 
 
 @pytest.fixture(scope="session")

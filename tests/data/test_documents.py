@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import documents_of
 
-from data import DataError, Document, read_jsonl
+from data import DataError, Document
+from data.sources import read_documents
+from data.sources.spec import source_of_path
 
-GOOD = b'{"text": "fine", "lang": "en", "source": "books"}\n'
+GOOD = b'{"text": "fine", "lang": "en"}\n'
 
 BAD_ROWS = {
     "not JSON": b"{text: 1}",
@@ -28,9 +31,7 @@ BAD_ROWS = {
     "`lang` must be (path)": b'{"text": "a", "lang": "../../etc"}',
     "`lang` must be (upper case)": b'{"text": "a", "lang": "EN"}',
     "`lang` must be (newline)": b'{"text": "a", "lang": "en\\n"}',
-    "`source` must be": b'{"text": "a", "lang": "en", "source": 3}',
     "lone surrogate": b'{"text": "a\\ud800b", "lang": "en"}',
-    "lone surrogate (source)": b'{"text": "a", "lang": "en", "source": "\\udfff"}',
     "byte order mark": b'\xef\xbb\xbf{"text": "a", "lang": "en"}',
     "not valid UTF-8": b'{"text": "\xff\xfe", "lang": "en"}',
     "not valid UTF-8 (utf-16)": '{"text": "a", "lang": "en"}'.encode("utf-16"),
@@ -41,8 +42,8 @@ BAD_ROWS = {
 def test_a_bad_row_is_named(reason: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + BAD_ROWS[reason] + b"\n" + GOOD)
-    rows = read_jsonl(path)
-    assert next(rows) == Document("fine", "en", "books")
+    rows = read_documents(source_of_path(path))
+    assert next(rows) == Document("fine", "en", "rows")
     with pytest.raises(DataError) as caught:
         next(rows)
     message = str(caught.value)
@@ -51,29 +52,23 @@ def test_a_bad_row_is_named(reason: str, tmp_path: Path) -> None:
     assert "\n" not in message
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for path, reason in {tmp_path / "none.jsonl": "no such file", tmp_path: "is a folder", "a\0b": "file name"}.items():
-        with pytest.raises(DataError, match=reason):
-            next(read_jsonl(path))
-
-
 def test_a_row_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.documents.MAX_ROW_BYTES", 100)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(GOOD + b'{"text": "' + b"a" * 1000)
     with pytest.raises(DataError, match=r"rows.jsonl:2: row is longer than 100 bytes"):
-        list(read_jsonl(path))
+        documents_of(path)
 
 
 def test_rows_are_read_as_written(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [
-        {"text": "Zeile\r\nzwei\u2028drei\x00", "lang": "de", "source": "a"},
+        {"text": "Zeile\r\nzwei\u2028drei\x00", "lang": "zh-hant"},
         {"text": " 学而时习之 ", "lang": "zh-hant"},
     ]
     path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
-    assert list(read_jsonl(path)) == [
-        Document("Zeile\r\nzwei\u2028drei\x00", "de", "a"),
-        Document(" 学而时习之 ", "zh-hant", ""),
+    assert documents_of(path) == [
+        Document("Zeile\r\nzwei\u2028drei\x00", "zh-hant", "rows"),
+        Document(" 学而时习之 ", "zh-hant", "rows"),
     ]
     assert Document("é学", "zh", "").num_bytes == 5

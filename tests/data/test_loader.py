@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -77,6 +78,21 @@ def test_ordered_batches_are_the_same_on_1_to_256_ranks(stream: TokenStream) -> 
         assert global_step(stream, 256, ranks, start) == (reference, after)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_1_to_256_ranks_with_any_workers_read_the_same_steps(workers: int, stream: TokenStream) -> None:
+    size, count = 256, 12
+    wanted = [fields(stream.batch(range(first, first + size))) for first in range(0, count * size, size)]
+    for ranks in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        parts = []
+        for rank in range(ranks):
+            loader = TrainLoader(stream, size, size // ranks, rank, ranks, workers=workers)
+            parts.append(steps(loader, count))
+            loader.close()
+        for number, step in enumerate(wanted):
+            assert torch.equal(torch.cat([part[number] for part in parts], dim=1), step)
+
+
 def test_ranks_may_change_in_the_middle_of_a_run(stream: TokenStream) -> None:
     runs = []
     for schedule in ([1] * 12, [1, 1, 2, 2, 4, 4, 8, 8, 2, 2, 1, 1]):
@@ -111,6 +127,39 @@ def test_resuming_is_exact_in_the_middle_and_at_the_edges_of_epochs(
         assert state["consumed"] == end * GLOBAL
         loader.close()
     assert all(torch.equal(a, b) for a, b in zip(seen, straight, strict=True))
+
+
+def test_resume_five_times_in_a_row_at_the_edges_of_stages(small_corpus: TokenCorpus) -> None:
+    edges = (5 * GLOBAL, 8 * GLOBAL + 3)  # between two steps and within one
+    weights = (WEIGHTS, {"en": 1, "zh": 9}, {"zh": 1})
+    stages = tuple(Stage.of(start, shares) for start, shares in zip((0, *edges), weights, strict=True))
+    stream = TokenStream(small_corpus, StreamSpec(32, stages, seed=5))
+    seen: list[torch.Tensor] = []
+    state: dict[str, int | str] = {"consumed": 0, "fingerprint": stream.fingerprint}
+    for count in (4, 1, 1, 2, 1, 4):
+        loader = TrainLoader(stream, GLOBAL, 4)
+        loader.load_state_dict(json.loads(json.dumps(state)))
+        seen += steps(loader, count)
+        state = loader.state_dict()
+        loader.close()
+    assert torch.equal(torch.cat(seen, dim=1), fields(stream.batch(range(13 * GLOBAL))))
+    names = [stream.place(index).source for index in range(13 * GLOBAL)]
+    shares = [names[:80].count("zh"), names[80:131].count("zh"), names[131:].count("zh")]
+    assert shares == [32, 46, 77]
+
+
+def test_resuming_costs_the_same_at_any_position(stream: TokenStream) -> None:
+    costs = []
+    for position in (10**3, 10**6, 10**9):
+        loader = TrainLoader(stream, GLOBAL, GLOBAL, workers=0)
+        calls: list[str] = []
+        sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(event))  # type: ignore[misc]
+        loader.load_state_dict({"consumed": position, "fingerprint": stream.fingerprint})
+        next(loader)
+        sys.setprofile(None)
+        costs.append(len(calls))
+        loader.close()
+    assert max(costs) < 1.2 * min(costs)
 
 
 def test_every_row_once_an_epoch_under_100_interruptions(small_corpus: TokenCorpus) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SOURCES, TOKENIZER
+from conftest import SOURCES, TOKENIZER, documents_of
 
-from data import DataError, Document, TokenCorpus, Tokenizer, read_jsonl
+from data import DataError, Document, TokenCorpus, Tokenizer
 from data.baseline import xz_bits_per_byte, xz_primed_bits_per_byte
 from data.prepare import Filters, Selection, prepare
 from data.prepare.__main__ import main
@@ -24,7 +24,7 @@ from data.split import HELD_OUT, SPLIT_KEY, is_held_out, keyed_hash
 
 
 def sample_documents() -> list[Document]:
-    return [document for source in SOURCES for document in read_jsonl(source)]
+    return [document for source in SOURCES for document in documents_of(source)]
 
 
 def rows(path: Path, texts: list[str], language: str = "en") -> Path:
@@ -92,7 +92,7 @@ XZ = "import sys, lzma; sys.stdout.buffer.write(lzma.compress(sys.stdin.buffer.r
 def test_large_texts_have_no_baseline(
     small_sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {path.stem: sum(d.num_bytes for d in read_jsonl(path)) for path in small_sources}
+    sizes = {path.stem: sum(d.num_bytes for d in documents_of(path)) for path in small_sources}
     monkeypatch.setattr("data.prepare.baselines.MOST_TEXT", max(sizes.values()))
     corpus = TokenCorpus.open(prepare(small_sources, TOKENIZER, tmp_path / "out"))
     assert list(corpus.manifest.validation) == [min(sizes, key=lambda name: sizes[name])]
@@ -256,7 +256,7 @@ def test_refusals(small_sources: list[Path], tmp_path: Path) -> None:
     bad.write_text('{"text": "one", "lang": "fr"}\n{"text": ""}\n', encoding="utf-8")
     blank.write_text('{"text": " ", "lang": "fr"}\n' * 3, encoding="utf-8")
     mixed.write_text('{"text": "one", "lang": "fr"}\n{"text": "zwei", "lang": "de"}\n', encoding="utf-8")
-    copy = rows(tmp_path / "zz.jsonl", [d.text for d in read_jsonl(en)])
+    copy = rows(tmp_path / "zz.jsonl", [d.text for d in documents_of(en)])
     cases: dict[str, list[Path | SourceSpec]] = {
         "no sources given": [],
         "source empty: .*empty.jsonl: is empty": [en, empty],

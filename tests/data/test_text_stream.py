@@ -137,6 +137,21 @@ def test_global_batches_do_not_depend_on_the_workers(
     assert run(stream, 1, 5, state=state)[0] == straight[5:10]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("dp_size", [1, 2, 4, 8, 16])
+def test_as_many_ranks_as_streams_with_any_workers_read_the_same_steps(
+    dp_size: int, workers: int, stream: TextStream, straight: list[bytes]
+) -> None:
+    parts = []
+    for rank in range(dp_size):
+        loader = TextLoader(stream, STREAMS, 1, rank, dp_size, workers=workers)
+        parts.append([rows(next(loader)) for _ in range(12)])
+        loader.close()
+    steps = [np.concatenate([part[number] for part in parts]).tobytes() for number in range(12)]
+    assert [hashlib.sha256(step).digest() for step in steps] == straight[:12]
+
+
 def test_ranks_may_change_while_training(stream: TextStream, straight: list[bytes]) -> None:
     state, steps = None, []
     for dp_size in (1, 2, 4, 8, 2, 1):
@@ -236,6 +251,41 @@ def test_resume_five_times_across_the_ends_of_epochs(tiny: TextCorpus) -> None:
         steps += more
     assert steps == whole
     assert unpack_cursors(state["cursors"], 2, 1)[:, 0, 0].min() >= 2
+
+
+def test_resume_five_times_in_a_row_at_the_edges_of_stages(corpus: TextCorpus) -> None:
+    edges = (0, 5 * STREAMS, 8 * STREAMS + 3)  # between two steps and within one
+    weights = (WEIGHTS, {"en": 1, "zh": 9}, {"zh": 1})
+    stages = tuple(Stage.of(start, shares) for start, shares in zip(edges, weights, strict=True))
+    staged = TextStream(corpus, StreamSpec(SEQ_LEN, stages, seed=5))
+    steps, state = run(staged, 1, 4)
+    for count in (1, 1, 2, 1, 4):
+        more, state = run(staged, 2, count, state=state)
+        steps += more
+    assert steps == run(staged, 1, 13)[0]
+
+
+def test_resuming_costs_the_same_at_any_position(stream: TextStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    texts_of = Reader.texts
+
+    def count(self: Reader, source: int, number: int) -> Any:
+        read.append(number)
+        return texts_of(self, source, number)
+
+    monkeypatch.setattr(Reader, "texts", count)
+    loader = TextLoader(stream, STREAMS, STREAMS, workers=0, prefetch=1)
+    state = loader.state_dict()
+    costs = []
+    for position, epoch in ((10**3, 10), (10**6, 10**4), (10**9, 10**7)):
+        far = np.tile((epoch, 1, 2, 3), (STREAMS, 2, 1))
+        consumed = position // STREAMS * STREAMS
+        loader.load_state_dict(state | {"consumed": consumed, "cursors": pack_cursors(far)})
+        read.clear()
+        next(loader)
+        loader.close()
+        costs.append(len(read))
+    assert max(costs) <= 8 * STREAMS  # some steps are read ahead
 
 
 def test_state_holds_what_was_returned_not_what_was_read_ahead(stream: TextStream, straight: list[bytes]) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SOURCES, TOKENIZER
+from conftest import SOURCES, TOKENIZER, documents_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from data import DataError, Tokenizer, read_jsonl
+from data import DataError, Tokenizer
 from data.tokenizer import BOS, EOS
 from data.tokenizer.layout import MAX_FILE_BYTES, byte_letters
 
@@ -49,7 +49,7 @@ def test_any_text_survives(text: str) -> None:
 
 
 def test_real_text_survives_and_every_byte_is_counted() -> None:
-    documents = [document for source in SOURCES for document in list(read_jsonl(source))[::10]]
+    documents = [document for source in SOURCES for document in documents_of(source)[::10]]
     lengths = PLAIN.byte_lengths()
     for document, ids in zip(documents, PLAIN.encode_batch([d.text for d in documents]), strict=True):
         assert PLAIN.decode(ids) == document.text

@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import SOURCES, TOKENIZER
+from conftest import SOURCES, TOKENIZER, documents_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import DataError, Tokenizer, read_jsonl
+from data import DataError, Tokenizer
 from data.split import SPLIT_KEY, is_held_out, keyed_hash
 from data.tokenizer.__main__ import main
 from data.tokenizer.layout import byte_letters
@@ -41,7 +41,7 @@ def test_bytes_per_token(
     facts = json.loads(inspect(monkeypatch, capsys, *sources, "--json"))
     assert (facts["vocab_size"], facts["unused_ids"], facts["digest"]) == (8192, 0, PLAIN.digest)
     for language, source in zip(("en", "zh"), small_sources, strict=True):
-        text = [document.text for document in read_jsonl(source)]
+        text = [document.text for document in documents_of(source)]
         size, tokens = len("".join(text).encode()), sum(map(len, PLAIN.encode_batch(text)))
         assert (facts["text_bytes"][language], facts["tokens"][language]) == (size, tokens)
         assert facts["bytes_per_token"][language] == round(size / tokens, 3)
@@ -49,7 +49,7 @@ def test_bytes_per_token(
 
 def test_held_out_documents_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     facts = json.loads(inspect(monkeypatch, capsys, "--source", SOURCES[0], "--held-out", "--json"))
-    documents = [one for one in read_jsonl(SOURCES[0]) if is_held_out(keyed_hash(one.text, SPLIT_KEY))]
+    documents = [one for one in documents_of(SOURCES[0]) if is_held_out(keyed_hash(one.text, SPLIT_KEY))]
     assert facts["text_bytes"] == {"en": sum(document.num_bytes for document in documents)}
     assert 10 < len(documents) < 100
 
