@@ -73,7 +73,7 @@ class GroupedExperts(nn.Module):
         """(N, H) rows sorted by expert, (E,) group sizes -> (N, H)."""
         gate_up_proj, down_proj = local(self.gate_up_proj), local(self.down_proj)
         if not len(gate_up_proj):
-            return rows  # none come to a rank that was left without an expert
+            return rows.clone()  # none come to a rank that was left without an expert
         return expert_mlp(rows, gate_up_proj, down_proj, tokens_per_expert, self.backend, zero_tail=False)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 T = TypeVar("T")
 
-_KEPT_PACKETS = (
+KEPT = {
     *(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "_grouped_mm")),
     *(
         getattr(torch.ops.aten, f"_scaled_dot_product_{name}")
@@ -21,22 +23,51 @@ _KEPT_PACKETS = (
         getattr(torch.ops._c10d_functional, name)
         for name in ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tensor")
     ),
-)
+}
+"""Operators whose results `selective` keeps: matrix products, attention, exchanges between ranks."""
 
 
 def recomputed(mode: str, block: Callable[..., T], *arguments: object) -> T:
     """`block(*arguments)`, whose activations are computed again when the backward pass needs them.
 
-    `mode` full keeps the arguments alone; selective also matrix products, attention and what came from other ranks.
+    `mode` full keeps the arguments alone, selective also the results of KEPT.
     """
     if mode == "full":
         return checkpoint(block, *arguments, use_reentrant=False)
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=_contexts)
 
 
-def _policy(
-    context: object, operator: torch._ops.OpOverload, *arguments: object, **options: object
-) -> CheckpointPolicy:
-    is_kept = operator.overloadpacket in _KEPT_PACKETS
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    # torch's own selective contexts ask for the same operators in both passes; FSDP gathers weights in the first alone
+    results: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(results), _Replay(results)
+
+
+class _Keep(TorchDispatchMode):
+    """Remembers the results of KEPT, in order."""
+
+    def __init__(self, results: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self.results = results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in KEPT:
+            self.results[func].append(_detached(result))
+        return result
+
+
+class _Replay(_Keep):
+    """Returns them instead of computing them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in KEPT:
+            return _detached(self.results[func].popleft())
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(result: Any) -> Any:
+    """Tensors that autograd may mark anew."""
+    if isinstance(result, Tensor):
+        return result.detach()
+    return tuple(map(_detached, result)) if isinstance(result, tuple) else result

@@ -117,6 +117,7 @@ def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, paralle
                     reshard_after_forward=reshard,
                     shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
                 )
+                _mend_empty_share(block.mlp.experts)
         fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)
     fully_shard(model, mesh=dense, mp_policy=compute, reshard_after_forward=False, shard_placement_fn=across)
     for module in _fsdp_modules(model):
@@ -124,6 +125,17 @@ def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, paralle
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(model)
+
+
+def _mend_empty_share(experts: nn.Module) -> None:
+    """Of a rank left without experts (5 on 4 ranks): FSDP narrows the sharded dimension of an empty parameter to nothing
+    as well, which is not what the other ranks take its shape to be."""
+    assert isinstance(experts, FSDPModule)
+    group = experts._get_fsdp_state()._fsdp_param_group
+    for parameter in group.fsdp_params if group else ():
+        own = local(parameter.sharded_param)
+        if not own.numel():
+            parameter.sharded_param._local_tensor = own.new_empty(parameter.padded_sharded_param_size)
 
 
 def _fsdp_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:

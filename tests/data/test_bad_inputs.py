@@ -10,7 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_inputs import Bench, Case, Quarantined, folders, lines, remote, settings, states, tables, tokens, vocabularies
+from bad_inputs import (
+    Bench,
+    Case,
+    Quarantined,
+    folders,
+    lines,
+    remote,
+    settings,
+    states,
+    stores,
+    tables,
+    tokens,
+    vocabularies,
+)
 
 from data.errors import DataError
 from data.manifest import QUARANTINE, read_manifest
@@ -18,7 +31,7 @@ from data.packing import BestFit
 from moe.config import ConfigError
 
 SECONDS = 10
-FAMILIES = (tables, lines, vocabularies, folders, tokens, states, remote, settings)
+FAMILIES = (tables, lines, vocabularies, folders, tokens, states, remote, stores, settings)
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
 

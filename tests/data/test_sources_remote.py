@@ -6,14 +6,17 @@ import functools
 import http.server
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import TOKENIZER
 from test_sources import TEXTS, WRITERS, rows_of
 
 from data.errors import DataError
+from data.prepare.__main__ import main
 from data.sources import SourceSpec, check_unchanged, read_unit, resolve
 from data.sources.units import Unit
 
@@ -135,3 +138,20 @@ def test_s3_files_folders_and_globs(s3_endpoint: str, tmp_path: Path) -> None:
         check_unchanged(some, files[0])
     with pytest.raises(DataError, match=r"s3://corpus/none.jsonl: no such file"):
         resolve(SourceSpec("books", "s3://corpus/none.jsonl", storage_options=options))
+
+
+@pytest.mark.parametrize("path", ["s3://none/a.jsonl", "s3://none", "s3://none/*.jsonl", "s3://there/a.jsonl"])
+def test_missing_buckets_and_keys_end_the_command(
+    path: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem(endpoint_url=s3_endpoint).makedirs("there", exist_ok=True)
+    listed = tmp_path / "sources.yaml"
+    listed.write_text(f"books: {{path: '{path}', language: en, storage_options: {{endpoint_url: '{s3_endpoint}'}}}}\n")
+    options = ["--sources", str(listed), "--tokenizer", str(TOKENIZER), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["prepare", *options])
+    assert main() == 77
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"error: .*{re.escape(path)}: (no such file|no parquet, jsonl, .*|cannot be read: .*)", line)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sources.yaml"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data import Batch
 from moe.config import ArchitectureConfig, Config
@@ -133,7 +134,12 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
-    return {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    """Whole ones, on every rank; a rank left without experts has none of theirs."""
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        if p.grad is None and isinstance(p, DTensor) and not p.to_local().numel():
+            found[name] = torch.zeros_like(p)
+    return {name: full(gradient).clone() for name, gradient in found.items() if gradient is not None}
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ BODY = GOOD_LINES
 Answer = Callable[[http.server.BaseHTTPRequestHandler], object]
 
 
-def _answer(code: int, body: bytes = b"", **headers: object) -> Answer:
+def answering(code: int, body: bytes = b"", **headers: object) -> Answer:
     """A fixed answer; `length` stands in for the true length, None for none."""
     length = headers.pop("length", len(body))
 
@@ -32,11 +32,11 @@ def _answer(code: int, body: bytes = b"", **headers: object) -> Answer:
     return answer
 
 
-def _hang_up(request: http.server.BaseHTTPRequestHandler) -> None:
+def hang_up(request: http.server.BaseHTTPRequestHandler) -> None:
     request.close_connection = True
 
 
-def _garbage(request: http.server.BaseHTTPRequestHandler) -> None:
+def garbage(request: http.server.BaseHTTPRequestHandler) -> None:
     request.wfile.write(b"\x00\x01 nothing of HTTP\r\n\r\n")
     request.close_connection = True
 
@@ -47,32 +47,32 @@ def _gone_at_the_second_look() -> Answer:
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         asked.append(request.command)
-        (_answer(200, BODY, Accept_Ranges="bytes") if len(asked) < 2 else _answer(404))(request)
+        (answering(200, BODY, Accept_Ranges="bytes") if len(asked) < 2 else answering(404))(request)
 
     return answer
 
 
 ANSWERS: dict[str, Callable[[], Answer]] = {
-    "400": lambda: _answer(400),
-    "401": lambda: _answer(401),
-    "403": lambda: _answer(403, b"<html>who are you?</html>"),
-    "404": lambda: _answer(404),
-    "410": lambda: _answer(410),
-    "429": lambda: _answer(429),
-    "500": lambda: _answer(500, b"line\nline"),
-    "503": lambda: _answer(503),
-    "redirect to itself": lambda: _answer(302, Location="HERE"),
-    "redirect to a file": lambda: _answer(302, Location="file:///etc/passwd"),
-    "redirect to nothing": lambda: _answer(302),
-    "no length": lambda: _answer(200, BODY, length=None),
-    "length in words": lambda: _answer(200, BODY, length="many"),
-    "negative length": lambda: _answer(200, BODY, length=-5),
-    "more promised than sent": lambda: _answer(200, BODY, length=len(BODY) + 100),
-    "nothing": lambda: _answer(200, b""),
-    "no answer": lambda: _hang_up,
-    "not HTTP": lambda: _garbage,
+    "400": lambda: answering(400),
+    "401": lambda: answering(401),
+    "403": lambda: answering(403, b"<html>who are you?</html>"),
+    "404": lambda: answering(404),
+    "410": lambda: answering(410),
+    "429": lambda: answering(429),
+    "500": lambda: answering(500, b"line\nline"),
+    "503": lambda: answering(503),
+    "redirect to itself": lambda: answering(302, Location="HERE"),
+    "redirect to a file": lambda: answering(302, Location="file:///etc/passwd"),
+    "redirect to nothing": lambda: answering(302),
+    "no length": lambda: answering(200, BODY, length=None),
+    "length in words": lambda: answering(200, BODY, length="many"),
+    "negative length": lambda: answering(200, BODY, length=-5),
+    "more promised than sent": lambda: answering(200, BODY, length=len(BODY) + 100),
+    "nothing": lambda: answering(200, b""),
+    "no answer": lambda: hang_up,
+    "not HTTP": lambda: garbage,
     "gone at the second look": _gone_at_the_second_look,
-    "page of a website": lambda: _answer(200, b"<html>log in</html>", Content_Type="text/html"),
+    "page of a website": lambda: answering(200, b"<html>log in</html>", Content_Type="text/html"),
 }
 
 
