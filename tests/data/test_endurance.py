@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare import prepare
-from tests.data.conftest import SOURCES, TOKENIZER
+from data import TokenCorpus
 from tests.data.reading import CACHE, CORPUS, MODES, SIZE, STATE, digest, open_loader
 
 ROOT = Path(__file__).parents[2]
@@ -114,9 +113,9 @@ def started(mode: str, folder: Path, steps: int) -> Iterator[Reading]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, sample_corpus: TokenCorpus) -> Path:
     """A prepared corpus, the plan of a streamed one, and a folder for temporary files."""
-    prepare(SOURCES, TOKENIZER, tmp_path / CORPUS)
+    (tmp_path / CORPUS).symlink_to(sample_corpus.folder)
     open_loader("text", tmp_path, workers=0).close()
     (tmp_path / "tmp").mkdir()
     return tmp_path
