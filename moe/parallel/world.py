@@ -12,12 +12,18 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from data.errors import one_line
 from moe.config.errors import ConfigError
 from moe.parallel.layout import Layout
+from moe.parallel.watch import PeerFailure, Watch
 
 T = TypeVar("T")
+
+TO_JUDGE = 10
+"""Seconds that torch's own timeouts leave the watch to find out which rank is to blame before they end the process."""
 
 
 @dataclass(frozen=True)
@@ -121,25 +127,51 @@ def join_world(
     """Start torch.distributed as torchrun or srun laid it out, or as a world of one; leave it on exit.
 
     `choose_layout` is given the number of ranks, before any of them is contacted; a rank that waits for others gives up
-    after `timeout` seconds.
+    after `timeout` seconds, and a rank that dies or hangs ends all (see `moe.parallel.watch`).
     """
     _translate_slurm()
-    layout = choose_layout(int(os.environ.get("WORLD_SIZE", "1")))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    layout = choose_layout(size)
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(seconds=timeout)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    patience = timedelta(seconds=timeout + TO_JUDGE)
+    store, keeper = _meet(rank, size, patience)
+    with Watch(store, rank, size, timeout, keeper) as watch:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        try:
+            world = build_world(layout, device)
+            assert world is not None
+            for group in distributed_c10d._world.pg_map:  # those of the meshes have torch's default
+                distributed_c10d._set_pg_timeout(patience, group)
+            yield world
+        except BaseException as error:
+            watch.report(error)
+            raise
+        finally:
+            dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, patience: timedelta) -> tuple[dist.Store, str]:
+    """A store for this run of the `size` ranks, and who keeps it. Raises PeerFailure where rank 0 does not come."""
+    if size == 1:
+        return dist.HashStore(), "this process"
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
     try:
-        world = build_world(layout, device)
-        assert world is not None
-        yield world
-    finally:
-        dist.destroy_process_group()
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"environment: WORLD_SIZE={size} needs MASTER_ADDR and MASTER_PORT ({error})") from None
+    keeper = f"{'torchrun' if by_torchrun else 'rank 0'} at {host}:{port}"
+    keeps = rank == 0 and not by_torchrun
+    try:
+        store = dist.TCPStore(host, port, None, keeps, patience, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        raise PeerFailure(f"{keeper} does not keep a store for the others: {one_line(error)}") from error
+    # a sweep's runs and torchrun's attempts share the store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    run = store.add(f"{attempt}/runs of {rank}", 1)
+    return dist.PrefixStore(f"{attempt}/{run}", store), keeper
 
 
 def _translate_slurm() -> None:

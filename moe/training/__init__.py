@@ -14,7 +14,7 @@ import torch
 from data.errors import DataError, complaint
 from moe.checkpoint import CheckpointError
 from moe.config import Config, ConfigError
-from moe.parallel import Layout, choose_device, join_world, resolve
+from moe.parallel import EXIT_PEER_FAILED, Layout, PeerFailure, choose_device, join_world, resolve
 from moe.telemetry import MetricsError
 from moe.training.guard import NumericalAbort
 from moe.training.run_lock import RunFolderBusy
@@ -29,6 +29,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     RunFolderBusy: 77,
     OSError: 77,
     ConfigError: 78,
+    PeerFailure: EXIT_PEER_FAILED,
 }
 EXIT_PREEMPTED = 75
 
