@@ -53,6 +53,7 @@ class Session:
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
+            process_group=world.group,
         )
         self.step = self.first_step = 0
         self.validated_step = -1
@@ -113,6 +114,7 @@ class Session:
     def _execute(self) -> bool:
         self._resume()
         self.log.open(self.step, self.validated_step, self.text, self.model.config)
+        self._warn_of_device_groups()
         try:
             finished = self._train()
             self._save()
@@ -124,6 +126,14 @@ class Session:
             self.loader.close()
             self.log.close()
         return finished
+
+    def _warn_of_device_groups(self) -> None:
+        model, expert = self.model.config, self.world.layout.expert
+        if model.device_aux_loss_alpha > 0 and expert > 1 and expert != model.n_device_groups:
+            self.log.message(
+                f"warning: model.device_aux_loss_alpha evens out the load of n_device_groups={model.n_device_groups} "
+                f"groups of experts, not that of the parallel.expert={expert} ranks they lie on"
+            )
 
     def _train(self) -> bool:
         """The loop; False when a signal ended it."""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import signal
-import traceback
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -194,18 +191,3 @@ SCENARIOS = [
     labels_are_counted_over_all_ranks,
     a_shard_of_the_width_keeps_gate_and_up_together,
 ]
-
-
-def play_all(rank: int, root: Path, outcomes: Connection) -> None:
-    """Process body: play every scenario and send its name with the traceback, or an empty text."""
-    torch.set_num_threads(1)
-    store = f"file://{root}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    for scenario in SCENARIOS:
-        try:
-            scenario(rank, root)
-            outcomes.send((scenario.__name__, ""))
-        except BaseException:
-            outcomes.send((scenario.__name__, traceback.format_exc()))
-        dist.barrier()
-    dist.destroy_process_group()

@@ -1,0 +1,174 @@
+"""Every layout trains the model that one process trains: four processes share one gloo world for all cases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layout_world import (
+    FEW,
+    LAYOUTS,
+    check_first_step,
+    check_loads,
+    check_session,
+    check_states,
+    check_steps,
+)
+from parallel_helpers import SEQUENCES
+from worlds import Outcomes, Scenario, play
+
+from moe.parallel import Layout
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD_SIZE = 4
+HASHED = {
+    "routing": "hash",
+    "aux_loss_alpha": 0.0,
+    "device_aux_loss_alpha": 0.0,
+    "router_z_loss_alpha": 0.0,
+    "bias_update_speed": 0.0,
+}
+EXPERT_LAYOUTS = [
+    Layout(shard=2, expert=2),
+    Layout(shard=4, expert=4),
+    Layout(shard=4, expert=2),
+    Layout(shard=2, tensor=2, expert=4),
+]
+SAVED = [
+    Layout(),
+    Layout(shard=4),
+    Layout(replicate=2, shard=2),
+    Layout(tensor=4),
+    Layout(shard=2, tensor=2),
+    Layout(shard=4, expert=4),
+    Layout(shard=4, expert=2),
+    Layout(shard=2, tensor=2, expert=4),
+]
+
+
+def play_case(check: Callable[..., None], arguments: tuple[Any, ...], options: dict[str, Any], *_: object) -> None:
+    check(*arguments, **options)
+
+
+def cases() -> dict[str, Scenario]:
+    found: dict[str, Scenario] = {}
+
+    def add(check: Callable[..., None], layout: Layout, what: str, **options: Any) -> None:
+        found[f"{layout}, {what}"] = partial(play_case, check, (layout,), options)
+
+    for layout in LAYOUTS:
+        add(check_first_step, layout, "first step")
+        add(check_steps, layout, "20 steps", parts=accumulated(layout))
+    for layout in EXPERT_LAYOUTS:
+        parts = accumulated(layout)
+        add(check_first_step, layout, "5 experts, accumulated", parts=parts, **FEW)
+        add(check_first_step, layout, "recomputed", parts=parts, runtime={"activation_checkpointing": "full"})
+        add(check_first_step, layout, "partly recomputed", runtime={"activation_checkpointing": "selective"})
+        add(check_first_step, layout, "resharded", parts=parts, reshard=True)
+        for load in ("one rank", "all but one"):
+            add(check_loads, layout, f"tokens to {load}", load=load)
+    for layout in (Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=2)):
+        add(check_first_step, layout, "hashed", **HASHED)
+        add(check_first_step, layout, "pooled balance", seq_aux=False)
+        add(check_first_step, layout, "none shared", n_shared_experts=0, scoring_func="sigmoid", norm_topk_prob=True)
+        add(check_first_step, layout, "loop", runtime={"expert_backend": "loop"})
+    split = Layout(shard=2, tensor=2)
+    add(check_first_step, split, "recomputed", parts=2, runtime={"activation_checkpointing": "full"})
+    add(check_first_step, split, "partly recomputed", runtime={"activation_checkpointing": "selective"})
+    add(check_first_step, split, "grouped queries", num_key_value_heads=2)
+    add(check_first_step, split, "logits in chunks", runtime={"loss_chunk_size": 7})
+    add(check_first_step, Layout(replicate=2, shard=2), "resharded", parts=2, reshard=True)
+    return found
+
+
+def accumulated(layout: Layout) -> int:
+    """Micro-batches of a step: two where each rank has sequences enough."""
+    return min(2, SEQUENCES // layout.data)
+
+
+def play_states(number: int, rank: int, folder: Path) -> None:
+    check_states(folder / f"saved-{number}", SAVED[number], SAVED)
+
+
+def play_session(before: Layout, after: Layout, rank: int, folder: Path) -> None:
+    check_session(folder / f"{before} to {after}", folder, before, after)
+
+
+def replays() -> dict[str, Scenario]:
+    options = {"steps": 50, "replay": True}
+    return {
+        str(layout): partial(play_case, check_steps, (layout,), options | {"parts": accumulated(layout)})
+        for layout in EXPERT_LAYOUTS
+    }
+
+
+def sessions(changes: list[tuple[Layout, Layout]]) -> dict[str, Scenario]:
+    return {f"{before} to {after}": partial(play_session, before, after) for before, after in changes}
+
+
+CASES = cases()
+REPLAYS = replays()
+STATES = {f"saved as {layout}": partial(play_states, number) for number, layout in enumerate(SAVED)}
+SESSIONS = sessions([(Layout(shard=4), Layout(shard=2, tensor=2, expert=4))])
+MORE_SESSIONS = sessions(
+    [
+        (Layout(shard=2, tensor=2, expert=4), Layout(shard=2)),
+        (Layout(tensor=2), Layout(replicate=2, shard=2, expert=2)),
+        (Layout(), Layout(shard=4, expert=2)),
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return played(CASES | STATES | SESSIONS, tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def long_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return played(REPLAYS | MORE_SESSIONS, tmp_path_factory.mktemp("world"))
+
+
+def played(scenarios: dict[str, Scenario], folder: Path) -> Outcomes:
+    write_corpus(folder)
+    return play(scenarios, folder, WORLD_SIZE, patience=1200)
+
+
+def write_corpus(folder: Path) -> None:
+    """A few kilobytes of the bundled corpus, prepared by the first run that wants it."""
+    for language in ("en", "zh"):
+        lines = (ROOT / "data" / "sample" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+        rows = [{**json.loads(line), "source": "all"} for line in lines]
+        text = "".join(json.dumps({**row, "text": row["text"][:600]}, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{language}.jsonl").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layout_trains_what_one_process_trains(outcomes: Outcomes, case: str) -> None:
+    assert outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_every_layout_reads_what_another_saved(outcomes: Outcomes, case: str) -> None:
+    assert outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REPLAYS)
+def test_with_the_same_choices_fifty_steps_stay_the_same(long_outcomes: Outcomes, case: str) -> None:
+    assert long_outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.parametrize("case", SESSIONS)
+def test_a_run_may_change_its_layout(outcomes: Outcomes, case: str) -> None:
+    assert outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_SESSIONS)
+def test_a_run_may_change_to_any_layout(long_outcomes: Outcomes, case: str) -> None:
+    assert long_outcomes[case] == [""] * WORLD_SIZE
