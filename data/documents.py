@@ -84,7 +84,7 @@ def parse_object(line: bytes | None) -> dict[str, object]:
 
 def text_of(value: object, field: str = "text") -> str:
     """`value` when it can be a document. RowProblem: not a string, empty, or a lone surrogate in it."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value or value.isspace():
         raise RowProblem(f"`{field}` must be a string that is not empty")
     return _encodable(value)
 

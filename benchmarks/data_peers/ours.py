@@ -15,7 +15,7 @@ from benchmarks.data_peers.corpus import BOS_ID, EOS_ID, VOCAB_SIZE
 from data.files import file_digest
 from data.loader import TrainLoader
 from data.manifest import MANIFEST, TOKENIZER, Manifest, Shard, SourceRecord
-from data.prepare.gather import SHARD_TOKENS
+from data.prepare.selection import SHARD_TOKENS
 from data.shards import TokenCorpus
 from data.spec import StreamSpec
 from data.token_stream import TokenStream

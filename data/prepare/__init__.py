@@ -4,7 +4,7 @@ Every document becomes BOS, its tokens, EOS. The work has two phases:
 
     plan.py      files and units, kept in a work folder beside the folder to be
     encode.py    phase 1: every unit is read, filtered, hashed and encoded on its own (workers.py: in several processes)
-    gather.py    phase 2: duplicates, held-out documents, order, shards, manifest; one rename makes the folder appear
+    gather.py    phase 2: what selection.py chose becomes shards and a manifest; one rename makes the folder appear
 
 A run that is killed at any moment is continued by the same command. The result is the same to the byte for any number
 of workers and any interruptions.
@@ -27,9 +27,10 @@ from data.files import locked, new_folder, write_whole
 from data.manifest import FORMAT_VERSION, TOKENIZER
 from data.prepare.encode import read_facts
 from data.prepare.filters import Filters
-from data.prepare.gather import Selection, write_corpus
+from data.prepare.gather import write_corpus
 from data.prepare.plan import PLAN_VERSION, Plan, open_plan, resolve_all, sorted_sources, work_folder
 from data.prepare.progress import Progress
+from data.prepare.selection import Selection
 from data.prepare.workers import encode_here, encode_in_workers
 from data.shards import TokenCorpus
 from data.sources import SourceSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.errors import DataError, run_command
 from data.prepare import Filters, Selection, prepare
-from data.prepare.gather import MAX_BAD_ROWS, SHARD_TOKENS
+from data.prepare.selection import MAX_BAD_ROWS, SHARD_TOKENS
 from data.shards import TokenCorpus
 from data.sources import SourceSpec, parse_source, read_sources_file
 from data.split import HELD_OUT

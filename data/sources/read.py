@@ -5,9 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import repeat
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute
@@ -35,8 +34,7 @@ UNIT_BYTES = 64 << 20
 DAMAGES = (EOFError, zlib.error, zstandard.ZstdError)
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row: `text` and `language`, or `problem`. `position` counts rows from the start of the unit, from 0.
 
     Lines of a text file that hold blanks alone are no rows.

@@ -14,6 +14,7 @@ import xxhash
 
 from data.errors import DataError
 from data.prepare.filters import Filters, scripts_of
+from data.prepare.selection import MAX_BAD_ROWS
 from data.shards import CorpusSplit
 from data.sources import SourceSpec
 from data.split import HELD_OUT
@@ -22,7 +23,6 @@ from data.text.plan import Plan, make_plan, read_plan
 from data.text.reader import Reader
 from data.tokenizer import Tokenizer
 
-MAX_BAD_ROWS = 0.01
 VALIDATION_TOKENS = 1 << 20
 
 

@@ -30,7 +30,7 @@ from data.manifest import QUARANTINE, read_manifest
 from data.packing import BestFit
 from moe.config import ConfigError
 
-SECONDS = 10
+SECONDS = 60
 FAMILIES = (tables, lines, vocabularies, folders, tokens, states, remote, stores, settings)
 CASES: dict[str, Case] = {name: case for family in FAMILIES for name, case in family.CASES.items()}
 
