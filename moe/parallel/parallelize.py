@@ -117,7 +117,8 @@ def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, paralle
                     reshard_after_forward=reshard,
                     shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
                 )
-                _mend_empty_share(block.mlp.experts)
+                if world.layout.expert > 1:
+                    _mend_empty_share(block.mlp.experts)
         fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)
     fully_shard(model, mesh=dense, mp_policy=compute, reshard_after_forward=False, shard_placement_fn=across)
     for module in _fsdp_modules(model):
@@ -135,7 +136,9 @@ def _mend_empty_share(experts: nn.Module) -> None:
     for parameter in group.fsdp_params if group else ():
         own = local(parameter.sharded_param)
         if not own.numel():
-            parameter.sharded_param._local_tensor = own.new_empty(parameter.padded_sharded_param_size)
+            parameter.sharded_param._local_tensor = own.new_empty(  # type: ignore[attr-defined]
+                parameter.padded_sharded_param_size
+            )
 
 
 def _fsdp_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:

@@ -51,9 +51,10 @@ class RunLog:
             config,
             self.message,
         )
+        layout = f" ({self.world.layout})" if self.world.size > 1 else ""
         self.message(
             f"{redact(' '.join([name, *self.command[1:]]))}: {model.num_params():,} parameters, "
-            f"{model.num_active_params():,} active; {self.world.size} x {device_name(self.world.device)}, "
+            f"{model.num_active_params():,} active; {self.world.size} x {device_name(self.world.device)}{layout}, "
             f"experts by {self.backend}; run folder {self.folder}"
         )
 
@@ -82,6 +83,7 @@ class RunLog:
             "python": platform.python_version(),
             "device": device_name(self.world.device),
             "world_size": self.world.size,
+            "layout": str(self.world.layout),
             "threads": torch.get_num_threads(),
             "backend": self.backend,
             "compile": self.config.runtime.compile,

@@ -248,7 +248,12 @@ class Session:
         return "; weights will differ in the last bits from an undisturbed run's (runtime.deterministic=true avoids it)"
 
     def _report(self) -> None:
-        """Every rank takes part in writing the sample completions."""
-        samples = complete_prompts(self.model, self.text, self.config)
+        """Every rank takes part in writing the sample completions, which come token by token: too few for tensor
+        parallelism, which cuts sequences up."""
+        if self.world.layout.tensor == 1:
+            samples = complete_prompts(self.model, self.text, self.config)
+        else:
+            samples = []
+            self.log.message(f"no sample completions with parallel.tensor > 1; python -m moe.generate {self.folder}")
         tokens, seconds = self.rows.tokens(self.step), self.rows.stopwatch.read()
         self.log.report(samples, self.text, self.model.config, self.step, tokens, seconds)

@@ -81,6 +81,7 @@ def cases() -> dict[str, Scenario]:
     add(check_first_step, split, "partly recomputed", runtime={"activation_checkpointing": "selective"})
     add(check_first_step, split, "grouped queries", num_key_value_heads=2)
     add(check_first_step, split, "logits in chunks", runtime={"loss_chunk_size": 7})
+    add(check_first_step, Layout(shard=4), "5 experts", **FEW)
     add(check_first_step, Layout(replicate=2, shard=2), "resharded", parts=2, reshard=True)
     return found
 
