@@ -1,0 +1,119 @@
+r"""Train the same model under several parallel layouts and compare speed, memory and losses.
+
+    python -m benchmarks.layouts --gpus 8 --layouts shard=8 shard=8,expert=8 tensor=2 replicate=2,shard=4 -- \
+        +experiment=moe_2b data=prepared data.prepared=corpus train.global_batch_size=512
+
+Needs nothing but torchrun, which starts `train.py` once a layout; one that ends with `@N` runs on N GPUs instead of
+--gpus. What follows `--` goes to train.py. Speeds are the median log row after --warmup steps; efficiency is tokens a
+second and GPU over those of the first layout; the loss column is the largest relative difference of any log row's loss
+from the first layout's. Memory is the most that the first rank's allocator handed out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    options = parse_arguments()
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in options.layouts:
+            results.append(measure(layout, options, Path(options.output or folder)))
+            print_table(results)
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    if any(result["exit_code"] for result in results):
+        sys.exit(1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2, help="processes of each run (default: 2)")
+    parser.add_argument("--layouts", nargs="+", required=True, metavar="AXIS=N[,AXIS=N][@GPUS]")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=10, help="steps at the start that are not timed (default: 10)")
+    parser.add_argument("--log-interval", type=int, default=5)
+    parser.add_argument("--output", help="keep the run folders here")
+    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("overrides", nargs="*", help="for train.py, after --")
+    return parser.parse_args()
+
+
+def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run of train.py."""
+    axes, _, gpus = layout.partition("@")
+    processes = int(gpus or options.gpus)
+    run = layout.replace("=", "").replace(",", "-")
+    overrides = [f"parallel.{axis}" for axis in axes.split(",") if axis]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"),
+        *options.overrides,
+        *overrides,
+        *(
+            f"train.steps={options.steps}",
+            f"train.log_interval={options.log_interval}",
+            "train.eval_interval=0",
+            "checkpoint.interval=0",
+        ),
+        *(
+            f"optim.schedule.warmup_steps={options.steps // 4}",
+            "telemetry.report=false",
+            f"output_dir={folder}",
+            "name=layouts",
+        ),
+        f"run={run}",
+    ]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
+        return {"layout": layout, "gpus": processes, "exit_code": done.returncode, "seconds": seconds}
+    rows = [json.loads(line) for line in (folder / "layouts" / run / "metrics.jsonl").read_text().splitlines()]
+    timed = [row for row in rows if row["step"] > options.warmup]
+    speed = statistics.median(row["tokens_per_second"] for row in timed) / processes
+    return {
+        "layout": layout,
+        "gpus": processes,
+        "exit_code": 0,
+        "seconds": seconds,
+        "tokens_per_second_per_gpu": speed,
+        "mfu": statistics.median(row["mfu"] or 0.0 for row in timed),
+        "peak_memory_gib": max(row["memory_gib"] or 0.0 for row in rows),
+        "losses": {row["step"]: row["loss"] for row in rows},
+    }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print(f"{'layout':28} {'GPUs':>4} {'tokens/s/GPU':>12} {'MFU':>6} {'efficiency':>10} {'peak GiB':>8} {'loss':>8}")
+    first = results[0]
+    for result in results:
+        name = f"{result['layout'].partition('@')[0]:28} {result['gpus']:4}"
+        if result["exit_code"]:
+            print(f"{name}  failed with exit code {result['exit_code']}")
+            continue
+        efficiency = difference = float("nan")
+        if not first["exit_code"]:
+            efficiency = result["tokens_per_second_per_gpu"] / first["tokens_per_second_per_gpu"]
+            pairs = zip(result["losses"].values(), first["losses"].values(), strict=True)
+            difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        print(
+            f"{name} {result['tokens_per_second_per_gpu']:12,.0f} {result['mfu']:6.1%} {efficiency:10.1%} "
+            f"{result['peak_memory_gib']:8.2f} {difference:8.1e}"
+        )
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
