@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from math import gcd
 from queue import Empty, Full, Queue
 from typing import Any, Protocol
 
@@ -227,4 +228,5 @@ def _check_streams(sizes: BatchSizes, dp_size: int, streams: int) -> None:
         raise DataError(f"data.streams: {streams} is not a multiple of the data-parallel size {dp_size}")
     for size in sizes.sizes:
         if size % streams:
-            raise DataError(f"global_batch_size: {size} is not a multiple of data.streams={streams}")
+            fits = gcd(streams, *sizes.sizes)
+            raise DataError(f"global_batch_size: {size} is not a multiple of data.streams={streams}; {fits} would fit")

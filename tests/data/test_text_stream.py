@@ -461,7 +461,7 @@ def test_settings_that_cannot_be(stream: TextStream, corpus: TextCorpus, folder:
         TextStream(corpus, StreamSpec.single_stage(SEQ_LEN, {"en": 1}))
     with pytest.raises(DataError, match=r"data.streams: 16 is not a multiple of the data-parallel size 3"):
         TextLoader(stream, 48, 1, 0, 3)
-    with pytest.raises(DataError, match=r"8 is not a multiple of data.streams=16"):
+    with pytest.raises(DataError, match=r"8 is not a multiple of data.streams=16; 8 would fit"):
         TextLoader(stream, 8, 1)
     with pytest.raises(DataError, match=r"source en: has \d+ units .* set data.streams to"):
         open_corpus(folder, streams=1024)
