@@ -1,128 +1,153 @@
-"""What a run costs on one device, before it runs: parameters, FLOPs, tokens, memory.
+"""What a run costs, before it runs and without a GPU: memory, traffic and time of a rank, and which layout is fastest.
 
-Takes the overrides of train.py:
+Takes the overrides of train.py, and how many GPUs of what kind:
 
-    python -m moe.plan
-    python -m moe.plan +experiment=moe_16b train.micro_batch_size=4 --tflops 400
+    python -m moe.plan +experiment=moe_145b gpus=512
+    python -m moe.plan +experiment=moe_2b gpus=8 gpu=h200 parallel.expert=8 train.micro_batch_size=8
+    python -m moe.plan +experiment=moe_16b gpus=64 gpus_per_node=8 --json --picture plan.svg
+
+What the command line leaves open (degrees, micro-batch, recomputation, resharding) is chosen: the fastest that fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from moe.config import Config, ConfigError, compose
-from moe.config.errors import require
-from moe.memory import MicroBatch, activation_bytes, state_bytes, workspace_bytes
+from moe.config import ConfigError, compose
+from moe.config.errors import choice, require
+from moe.hardware import GPUS
+from moe.planning.fake import weight_bytes
+from moe.planning.picture import draw
+from moe.planning.search import Candidate, ranked
+from moe.planning.speed import Cluster
+from moe.planning.table import lines
+from moe.planning.traffic import step_traffic
 
 EXIT_CONFIG_ERROR = 78
-COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
+MOST_GPUS = 8192
 SECONDS_A_DAY = 86_400
-GIB = 2**30
+OWN_KEYS = {"gpus": "1", "gpu": "h100", "gpus_per_node": "8"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        tflops = options.tflops
-        require(tflops is None or 0 < tflops < math.inf, "--tflops", "above 0 and finite", tflops)
-        facts = plan(compose(options.overrides), tflops)
+        facts = plan(options.overrides)
+        if options.picture:
+            _write(options.picture, draw(facts))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR
-    print(json.dumps(facts, indent=1) if options.json else "\n".join(_lines(facts)))
+    print(json.dumps(facts, indent=1) if options.json else "\n".join(lines(facts)))
     return 0
 
 
-def plan(config: Config, tflops: float | None = None) -> dict[str, Any]:
-    """The facts of a run on one device: counts, FLOPs as the paper counts, bytes; device-days at `tflops` TFLOP/s."""
-    model, seq_len, train = config.model.build(), config.data.seq_len, config.train
-    tokens = train.steps * train.global_batch_size * seq_len
-    flops = model.flops_per_token(seq_len)
+def plan(overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything about the fastest layout that fits, or else the leanest, and in short about the others.
+
+    Raises:
+        ConfigError: a key or value that is not allowed, or that no layout can meet.
+    """
+    own, overrides = _split(overrides)
+    config = compose(overrides)
+    fixed = {text.partition("=")[0].lstrip("+") for text in overrides}
+    gpus = _count("gpus", own["gpus"], MOST_GPUS)
+    choice("gpu", own["gpu"], GPUS)
+    cluster = Cluster(GPUS[own["gpu"]], _count("gpus_per_node", own["gpus_per_node"], MOST_GPUS))
+    candidates = ranked(config, fixed, gpus, cluster)
+    best = candidates[0]
+    model, train = config.model.build(), config.train
+    flops = model.flops_per_token(config.data.seq_len)
+    real = weight_bytes(model, best.layout, best.config.runtime)
+    assert real == best.memory.state["master weights"], "the formula of moe.planning.shards is not what is built"
     return {
         "name": config.name,
+        "gpus": gpus,
+        "gpu": cluster.gpu._asdict(),
+        "gpus_per_node": cluster.gpus_per_node,
         "compute_dtype": train.compute_dtype,
-        "micro_batch_size": train.micro_batch_size,
-        "seq_len": seq_len,
-        "activation_checkpointing": config.runtime.activation_checkpointing,
+        "seq_len": config.data.seq_len,
         "num_params": model.num_params(),
         "num_active_params": model.num_active_params(),
         "flops_per_token": flops,
-        "flops_per_sequence": flops * seq_len,
-        "flops": flops * tokens,
-        "tokens": tokens,
-        "tflops": tflops,
-        "device_days": None if tflops is None else flops * tokens / (tflops * 1e12) / SECONDS_A_DAY,
-        "memory_bytes": _memory(config),
+        "flops_per_sequence": flops * config.data.seq_len,
+        "tokens": train.steps * train.global_batch_size * config.data.seq_len,
+        "days": train.steps * best.step_seconds / SECONDS_A_DAY,
+        "steps": train.steps,
+        "best": _details(best, cluster, flops),
+        "ranking": [_summary(candidate, cluster, flops) for candidate in candidates],
     }
 
 
-def _memory(config: Config) -> dict[str, Any]:
-    """Bytes by part, activations and total both without ("kept") and with ("recomputed") activation checkpointing."""
-    model, width = config.model.build(), COMPUTE_BYTES[config.train.compute_dtype]
-    state = state_bytes(model, width)
-    activations, workspace, total = {}, {}, {}
-    for key, recompute in (("kept", False), ("recomputed", True)):
-        batch = _micro_batch(config, recompute)
-        activations[key], workspace[key] = activation_bytes(model, batch), workspace_bytes(model, batch)
-        total[key] = sum(state.values()) + sum(activations[key].values()) + max(workspace[key].values())
-    return {"state": state, "activations": activations, "workspace": workspace, "total": total}
+def _summary(candidate: Candidate, cluster: Cluster, flops_per_token: float) -> dict[str, Any]:
+    tokens = candidate.config.train.global_batch_size * candidate.step.seq_len
+    rate = tokens / candidate.step_seconds / candidate.layout.world_size
+    return {
+        "layout": str(candidate.layout),
+        "overrides": candidate.overrides(),
+        "fits": candidate.fits(cluster),
+        "peak_bytes": candidate.memory.peak,
+        "step_seconds": candidate.step_seconds,
+        "tokens_per_second_per_gpu": rate,
+        "mfu": rate * flops_per_token / (cluster.gpu.peak_tflops * 1e12),
+    }
 
 
-def _micro_batch(config: Config, recompute: bool) -> MicroBatch:
-    return MicroBatch(
-        sequences=config.train.micro_batch_size,
-        seq_len=config.data.seq_len,
-        compute_bytes=COMPUTE_BYTES[config.train.compute_dtype],
-        num_languages=max(1, len(config.data.weights)),
-        loss_chunk_size=config.runtime.loss_chunk_size,
-        fused_norms=config.runtime.device != "cpu",
-        recompute=recompute,
-    )
+def _details(candidate: Candidate, cluster: Cluster, flops_per_token: float) -> dict[str, Any]:
+    memory, step = candidate.memory, candidate.step
+    model = candidate.config.model.build()
+    traffic = step_traffic(model, candidate.layout, step)
+    return _summary(candidate, cluster, flops_per_token) | {
+        "step": step._asdict(),
+        "memory_bytes": {
+            "state": memory.state,
+            "pass": memory.pass_,
+            "workspace": memory.workspace,
+            "gradients": memory.gradients,
+        },
+        "seconds": candidate.seconds,
+        "traffic": [term._asdict() | {"wire_bytes": term.wire_bytes} for term in traffic],
+    }
 
 
-def _lines(facts: dict[str, Any]) -> list[str]:
-    days = f", {facts['device_days']:,.1f} device-days at {facts['tflops']:g} TFLOP/s" if facts["tflops"] else ""
-    batch = f"micro-batch {facts['micro_batch_size']} x {facts['seq_len']} tokens"
-    return [
-        f"{facts['name']} on one device, {facts['compute_dtype']}, {batch}",
-        f"parameters         {facts['num_params']:>18,}",
-        f"  active per token {facts['num_active_params']:>18,}",
-        f"FLOPs per token    {facts['flops_per_token']:>18.4g}",
-        f"  per sequence     {facts['flops_per_sequence']:>18.4g}",
-        f"  of the run       {facts['flops']:>18.4g}{days}",
-        f"tokens of the run  {facts['tokens']:>18,}",
-        *_memory_lines(
-            facts["memory_bytes"], chosen="recomputed" if facts["activation_checkpointing"] == "full" else "kept"
-        ),
-    ]
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """This command's own keys, and train.py's."""
+    own, overrides = dict(OWN_KEYS), []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key in own:
+            own[key] = value
+        else:
+            overrides.append(text)
+    return own, overrides
 
 
-def _memory_lines(memory: dict[str, Any], chosen: str) -> list[str]:
-    """A table in GiB; a column each without and with activation checkpointing."""
-    columns = ("kept", "recomputed")
-    rows = [(part, [size, size]) for part, size in memory["state"].items() if size]
-    activations = memory["activations"]
-    for part in dict.fromkeys(part for column in columns for part in activations[column]):
-        rows.append((part, [activations[column].get(part, 0) for column in columns]))
-    rows.append(("larger workspace", [max(memory["workspace"][column].values()) for column in columns]))
-    rows.append(("total", [memory["total"][column] for column in columns]))
-    marks = [" (as configured)" if column == chosen else "" for column in columns]
-    head = f"memory, GiB; activations kept{marks[0]}, or recomputed{marks[1]}"
-    return [head, *(f"  {part:<18}" + "".join(f"{size / GIB:>12.3f}" for size in sizes) for part, sizes in rows)]
+def _count(key: str, text: str, most: int) -> int:
+    require(text.isdecimal() and 1 <= int(text) <= most, key, f"a number between 1 and {most}", text)
+    return int(text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--picture {path}: {error.strerror}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m moe.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", help="as for train.py; runtime.device=cpu plans for a CPU, else a GPU")
-    parser.add_argument("--tflops", type=float, help="TFLOP/s that the device reaches in training, for the device-days")
-    parser.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
+    parser.add_argument(
+        "overrides", nargs="*", help=f"as for train.py; also gpus=N, gpus_per_node=N, gpu={'|'.join(GPUS)}"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: bytes, seconds")
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw memory and time of the best layout")
     return parser
 
 

@@ -1,158 +1,16 @@
-"""`python -m moe.plan`: the memory model against real tensors and what autograd really keeps."""
+"""`python -m moe.plan`: what it prints, and what it refuses."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
-import torch
-from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed._tools.mem_tracker import MemTracker
 
 from moe import plan
-from moe.config import ConfigError, ModelConfig, compose
-from moe.config.schema import OptimConfig, RuntimeConfig
-from moe.memory import MicroBatch, activation_bytes, block_bytes, router_buffer_bytes, state_bytes, workspace_bytes
-from moe.model import Block, Transformer, initialise
-from moe.model.router import TopKRouter
-from moe.parallel import join_world, mark_last_micro_batch, parallelize
-from moe.training.optimizer import build_optimizer
-from moe.training.trainer import balance_sum
-
-BASE = ModelConfig(
-    vocab_size=512,
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    intermediate_size=192,
-    moe_intermediate_size=48,
-    n_shared_experts=2,
-    n_routed_experts=14,
-    num_experts_per_tok=3,
-    first_k_dense_replace=1,
-)
-MODELS = {
-    "deepseekmoe": BASE,
-    "grouped-query": dataclasses.replace(BASE, num_key_value_heads=1),
-    "sigmoid": dataclasses.replace(BASE, scoring_func="sigmoid", norm_topk_prob=True, bias_update_speed=0.1),
-    "none shared": dataclasses.replace(BASE, n_shared_experts=0, first_k_dense_replace=0),
-    "dense": dataclasses.replace(BASE, n_routed_experts=0, n_shared_experts=0, num_experts_per_tok=0),
-    "hash": dataclasses.replace(BASE, routing="hash", num_experts_per_tok=1),
-}
-SEQUENCES, SEQ_LEN, LANGUAGES = 2, 32, 2
-
-
-def micro_batch(
-    dtype: torch.dtype, *, recompute: bool = False, chunk: int = 8192, seq_len: int = SEQ_LEN
-) -> MicroBatch:
-    return MicroBatch(SEQUENCES, seq_len, dtype.itemsize, LANGUAGES, chunk, fused_norms=False, recompute=recompute)
-
-
-def build(config: ModelConfig, chunk: int = 8192) -> Transformer:
-    model = Transformer(config, num_languages=LANGUAGES, expert_backend="grouped_mm", loss_chunk_size=chunk)
-    initialise(model, 0.02, seed=0)
-    return model
-
-
-def loss_of(model: Transformer, seq_len: int = SEQ_LEN) -> torch.Tensor:
-    ids = torch.randint(0, model.config.vocab_size, (SEQUENCES, seq_len))
-    languages = ids % LANGUAGES
-    output = model(ids, labels=ids.clone(), label_languages=languages, languages=languages, valid=ids >= 0)
-    loss = output.loss.cross_entropy.sum()
-    return loss + balance_sum(output.routing) if output.routing else loss
-
-
-def saved_bytes(model: Transformer) -> int:
-    """Bytes of all distinct storages that autograd keeps for the backward pass, parameters excepted."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(model)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-@pytest.mark.parametrize("chunk", [8192, 24])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
-def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype, recompute: bool, chunk: int) -> None:
-    config = MODELS[name]
-    model = build(config, chunk)
-    for module in model.modules():
-        if not isinstance(module, TopKRouter):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(dtype)
-    for block in model.layers.values():
-        assert isinstance(block, Block)
-        block.recompute = recompute
-    parts = activation_bytes(config, micro_batch(dtype, recompute=recompute, chunk=chunk))
-    parts.pop("routing choices", None)  # kept by the checkpoint itself, out of the hooks' sight
-    single_chunk = chunk >= SEQUENCES * SEQ_LEN
-    log_probabilities = 4 * SEQUENCES * SEQ_LEN * config.vocab_size if single_chunk else 0
-    assert sum(parts.values()) + log_probabilities == pytest.approx(saved_bytes(model), rel=0.01)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_state_is_that_of_the_real_tensors(name: str) -> None:
-    model = build(MODELS[name])
-    optimizer = build_optimizer(model, OptimConfig())
-    weights = sum(p.nbytes for p in model.parameters())
-    moments = sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimizer.state.values())
-    loss_of(model).backward()
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    state = state_bytes(MODELS[name], compute_bytes=4)
-    assert (state["master weights"], state["AdamW moments"], state["gradients"]) == (weights, moments, gradients)
-    assert state["router buffers"] == router_buffer_bytes(MODELS[name]) == sum(b.nbytes for b in model.buffers())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_total_is_the_peak_of_a_sharded_step(dtype: torch.dtype) -> None:
-    """Every tensor of two accumulated micro-batches and the optimizer's step, counted as it comes and goes."""
-    config = dataclasses.replace(BASE, vocab_size=2048)
-    seq_len = 256
-    with join_world("cpu") as world:
-        model = build(config)
-        parallelize(model, world, dtype, RuntimeConfig())
-        optimizer = build_optimizer(model, OptimConfig())
-        tracker = MemTracker()
-        tracker.track_external(model, optimizer)
-        with tracker:
-            for step in range(4):
-                tracker.reset_mod_stats()
-                mark_last_micro_batch(model, is_last=step % 2 == 1)
-                loss_of(model, seq_len).backward()
-                if step % 2 == 1:
-                    optimizer.step()
-                    optimizer.zero_grad()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    batch = micro_batch(dtype, seq_len=seq_len)
-    expected = [state_bytes(config, dtype.itemsize), activation_bytes(config, batch)]
-    total = sum(sum(parts.values()) for parts in expected) + max(workspace_bytes(config, batch).values())
-    assert total == pytest.approx(peak, rel=0.03)
-
-
-def test_fused_norms_and_recomputation_keep_less() -> None:
-    batch = micro_batch(torch.bfloat16)
-    unfused = activation_bytes(BASE, batch)
-    fused = activation_bytes(BASE, batch._replace(fused_norms=True))
-    tokens, norms = SEQUENCES * SEQ_LEN, 2 * BASE.num_hidden_layers + 1
-    assert unfused["norms"] - fused["norms"] == norms * tokens * BASE.hidden_size * (8 - 2)
-    assert {key: unfused[key] for key in unfused if key != "norms"} == {
-        key: fused[key] for key in fused if key != "norms"
-    }
-    recomputed = batch._replace(recompute=True)
-    backward = [workspace_bytes(BASE, b)["block backward"] for b in (batch, recomputed)]
-    assert backward[1] - backward[0] == sum(block_bytes(BASE, 1, batch).values())
+from moe.config import ConfigError, compose
 
 
 def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -161,38 +19,91 @@ def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
     return facts
 
 
-def test_plans_the_16b_run(capsys: pytest.CaptureFixture[str]) -> None:
-    facts = plan_json(capsys, "+experiment=moe_16b", "train.micro_batch_size=4", "--tflops", "400")
-    assert (facts["num_params"], facts["num_active_params"]) == (16_375_728_128, 2_828_650_496)
-    assert facts["flops_per_sequence"] == pytest.approx(75.8e12, rel=1e-3)
-    assert facts["tokens"] == 106_449 * 4608 * 4096
-    assert facts["flops"] == facts["flops_per_token"] * facts["tokens"]
-    assert facts["device_days"] == pytest.approx(facts["flops"] / 400e12 / 86_400)
-    memory = facts["memory_bytes"]
-    assert memory["state"]["master weights"] == 4 * 16_375_728_128
-    for column in ("kept", "recomputed"):
-        parts = [*memory["state"].values(), *memory["activations"][column].values()]
-        assert memory["total"][column] == sum(parts) + max(memory["workspace"][column].values())
-    assert memory["total"]["recomputed"] < memory["total"]["kept"]
+@pytest.fixture(scope="module")
+def facts_of_145b() -> dict[str, Any]:
+    return plan.plan(["+experiment=moe_145b", "gpus=512"])
 
 
-def test_overrides_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    gpu, cpu = plan_json(capsys), plan_json(capsys, "runtime.device=cpu")
-    assert gpu["device_days"] is None
-    assert cpu["memory_bytes"]["activations"]["kept"]["norms"] > gpu["memory_bytes"]["activations"]["kept"]["norms"]
-    smaller = plan_json(capsys, "train.micro_batch_size=2")["memory_bytes"]
-    assert smaller["state"] == gpu["memory_bytes"]["state"]
-    assert smaller["activations"]["kept"]["attention"] * 2 == gpu["memory_bytes"]["activations"]["kept"]["attention"]
+def test_plans_the_145b_run(facts_of_145b: dict[str, Any]) -> None:
+    facts, best = facts_of_145b, facts_of_145b["best"]
+    assert facts["num_params"] == 144_612_773_888
+    assert facts["flops_per_sequence"] == pytest.approx(585.6e12, rel=1e-3)
+    assert facts["tokens"] == 13_000 * 4608 * 4096
+    assert best["fits"]
+    assert best["peak_bytes"] < 0.92 * 79.1 * 2**30
+    assert 0.05 < best["mfu"] < 0.6
+    state, passing, workspace = (best["memory_bytes"][part] for part in ("state", "pass", "workspace"))
+    assert best["peak_bytes"] == sum(state.values()) + sum(passing.values()) + max(workspace.values())
+    assert best["step_seconds"] == pytest.approx(sum(best["seconds"].values()))
+    assert facts["days"] == pytest.approx(13_000 * best["step_seconds"] / 86_400)
 
 
-def test_prints_a_table_that_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["runtime.activation_checkpointing=full"]) == 0
+def test_ranks_layouts_that_fit_by_speed(facts_of_145b: dict[str, Any]) -> None:
+    ranking = facts_of_145b["ranking"]
+    fitting = [entry["step_seconds"] for entry in ranking if entry["fits"]]
+    assert fitting == sorted(fitting)
+    assert [entry["fits"] for entry in ranking] == sorted((entry["fits"] for entry in ranking), reverse=True)
+    assert len({entry["layout"] for entry in ranking}) == len(ranking)
+    assert {**ranking[0]}.items() <= facts_of_145b["best"].items()
+
+
+def test_what_it_proposes_is_what_train_py_takes(facts_of_145b: dict[str, Any]) -> None:
+    """And planned again with nothing left open, it is the same."""
+    overrides = ["+experiment=moe_145b", *facts_of_145b["best"]["overrides"]]
+    config = compose(overrides)
+    again = plan.plan([*overrides, "gpus=512"])
+    assert len(again["ranking"]) == 1
+    assert again["best"] == facts_of_145b["best"]
+    assert config.train.global_batch_size % config.train.micro_batch_size == 0
+
+
+def test_what_the_command_line_says_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = plan_json(
+        capsys,
+        "+experiment=moe_2b",
+        "gpus=8",
+        "gpu=h200",
+        "parallel.expert=8",
+        "train.micro_batch_size=4",
+        "runtime.activation_checkpointing=full",
+    )
+    assert len(facts["ranking"]) > 1
+    for entry in facts["ranking"]:
+        assert {
+            "parallel.expert=8",
+            "train.micro_batch_size=4",
+            "runtime.activation_checkpointing=full",
+        } <= set(entry["overrides"])
+    assert facts["gpu"]["device_name"] == "H200"
+
+
+def test_a_slower_gpu_and_a_slower_network_take_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("+experiment=moe_2b", "gpus=8", "parallel.expert=8", "parallel.shard=8", "train.micro_batch_size=8")
+    h200, a100 = (plan_json(capsys, *common, f"gpu={gpu}")["best"]["seconds"] for gpu in ("h200", "a100"))
+    apart = plan_json(capsys, *common, "gpu=h200", "gpus_per_node=1")["best"]["seconds"]
+    assert all(a100[part] > h200[part] for part in ("dense products", "expert products", "between products", "rows"))
+    assert apart["rows"] > 2 * h200["rows"]
+    assert apart["dense products"] == h200["dense products"]
+
+
+def test_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["+experiment=moe_145b", "gpus=8", "gpu=rtx_4090"]) == 0
+    output = capsys.readouterr().out
+    assert "does not fit" in output
+    assert ", 0 fit; the leanest" in output
+
+
+def test_prints_a_table_that_adds_up_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.svg"
+    assert plan.main(["gpus=2", "gpu=h100", "--picture", str(picture)]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("memory"))
-    assert lines[start].endswith("recomputed (as configured)")
-    rows = [[float(figure) for figure in line.split()[-2:]] for line in lines[start + 1 :]]
-    for column in range(2):
-        assert sum(row[column] for row in rows[:-1]) == pytest.approx(rows[-1][column], abs=0.01)
+    end = next(number for number, line in enumerate(lines) if line.lstrip().startswith("peak"))
+    figures = [float(line[26:35]) for line in lines[start + 1 : end + 1]]
+    assert sum(figures[:-1]) == pytest.approx(figures[-1], abs=0.01)
+    drawn = ElementTree.parse(picture).getroot()
+    assert drawn.tag.endswith("svg")
+    assert "Memory" in drawn.attrib["aria-label"]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +112,14 @@ def test_prints_a_table_that_adds_up(capsys: pytest.CaptureFixture[str]) -> None
         (["model.hiden_size=3"], "unknown key model.hiden_size: did you mean model.hidden_size?"),
         (["+experiment=nope"], "experiment/nope"),
         (["train.micro_batch_size=5"], "train.micro_batch_size must be a divisor"),
-        (["--tflops", "0"], "--tflops must be above 0"),
+        (["gpus=0"], "gpus must be a number between 1 and 8192, not 0"),
+        (["gpus=many"], "gpus must be a number"),
+        (["gpus_per_node=-8"], "gpus_per_node must be a number"),
+        (["gpu=tpu"], "gpu must be one of a100"),
+        (["gpus=8", "parallel.expert=9"], "parallel.expert=9 does not divide shard x tensor = 8; on 8 ranks these"),
+        (["gpus=8", "parallel.shard=3"], "do not multiply to 8 ranks"),
+        (["gpus=8", "parallel.shard=8"], "train.global_batch_size=4 does not divide by the data-parallel"),
+        (["--picture", "/nowhere/at/all.svg"], "--picture /nowhere/at/all.svg: No such file"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

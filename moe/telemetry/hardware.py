@@ -1,4 +1,4 @@
-"""What the hardware could do and what it holds: peaks for MFU, peak memory."""
+"""The device of this process: its peak for MFU, its peak memory, its name."""
 
 from __future__ import annotations
 
@@ -7,26 +7,15 @@ import sys
 
 import torch
 
-# Dense bf16 TFLOP/s of the vendors' datasheets, by a part of the device's name; the first match counts.
-_PEAK_BF16_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
+from moe.hardware import find_gpu
 
 
 def peak_tflops(device: torch.device, compute_dtype: str) -> float | None:
     """Dense peak of one device, or None where it is not known: CPUs, other GPUs, float32."""
     if device.type != "cuda" or compute_dtype != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_BF16_TFLOPS.items() if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu.peak_tflops if gpu else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
