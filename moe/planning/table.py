@@ -15,7 +15,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     step = best["step"]
     yield f"{facts['name']} on {facts['gpus']} {gpu['device_name']}, {facts['gpus_per_node']} a node: {best['layout']}"
     yield f"  parameters {facts['num_params']:,}, {facts['num_active_params']:,} of them active for a token"
-    yield f"  a step: {step['micro_batches']} micro-batches of {step['sequences']} x {step['seq_len']} tokens a rank"
+    yield f"  micro-batches a step: {step['micro_batches']}, of {step['sequences']} x {step['seq_len']} tokens"
     yield f"  FLOPs a token {facts['flops_per_token']:.4g}, of all {facts['tokens']:,} tokens"
     yield f"  {facts['flops_per_token'] * facts['tokens']:.4g}: {facts['days']:,.1f} days"
     yield ""
