@@ -237,16 +237,19 @@ def workspace_bytes(model: ModelConfig, layout: Layout, step: Step) -> dict[str,
 
 
 def logit_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """One chunk's log-probabilities, their gradient and the logits', (chunk, V) float32 each."""
-    return 3 * FLOAT32 * min(step.tokens, step.loss_chunk_size) * model.vocab_size // layout.tensor
+    """One chunk's log-probabilities, their gradient and the logits', (chunk, V) float32 each; compiled, which split
+    vocabularies are not, logits and their gradient in the compute dtype."""
+    is_compiled = step.kernels == "compiled" and layout.tensor == 1
+    width = 2 * step.compute_bytes if is_compiled else 3 * FLOAT32
+    return width * min(step.tokens, step.loss_chunk_size) * model.vocab_size // layout.tensor
 
 
 def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> int:
     """The block's activations where they are recomputed; of a mixture, the gradients of its rows.
 
-    Those are two products of the combine, float32, and the result in the compute dtype, (R, H) each; compiled, the
-    result alone and the gradient of the experts' hidden values. An upper bound: what lies after the combine (shared
-    experts, statistics) is freed before.
+    Those are two products of the combine, float32, and the result in the compute dtype, (R, H) each; compiled, which
+    dispatches between ranks are not, the result alone and the gradient of the experts' hidden values. An upper bound:
+    what lies after the combine (shared experts, statistics) is freed before.
     """
     whole = sum(block_bytes(model, layer, layout, step).values())
     kept = {"none": whole, "full": 0, "selective": sum(kept_bytes(model, layer, layout, step).values())}
@@ -254,7 +257,7 @@ def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: 
     if not model.is_moe_layer(layer):
         return recomputed
     width = model.hidden_size * (2 * FLOAT32 + step.compute_bytes)
-    if step.kernels == "compiled":
+    if step.kernels == "compiled" and layout.expert == layout.tensor == 1:
         width = (model.hidden_size + int(model.moe_intermediate_size)) * step.compute_bytes
     return recomputed + layer_rows(model, layout, step) * width
 
