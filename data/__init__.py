@@ -5,7 +5,7 @@
           |                     split.py       whole documents held out by a hash of their text
           |                     tokenizer/     byte-level BPE, trained on the training split alone, or imported
           v
-    corpus folder               prepare/       shards of tokens, document ends, tokenizer, digests (shards.py)
+    corpus folder               prepare/       shards of tokens, document ends, tokenizer, digests (corpus.py)
           |
           v                     order.py       which source, which row: exact mixture, permutation, skipped ranges
     TokenStream                 packing.py     documents end to end, or fitted whole into rows
@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors
     from data.batch import IGNORE_INDEX, Batch
+    from data.corpus import TokenCorpus
     from data.documents import Document
     from data.errors import EXIT_DATA_ERROR, DataError
     from data.loader import BatchSizes, TrainLoader
     from data.order import Mixture, Stage
-    from data.shards import TokenCorpus
     from data.spec import StreamSpec
     from data.stream import Stream, Text, validation_batches
     from data.token_stream import TokenStream
@@ -51,7 +51,7 @@ _HOME = {
     "TrainLoader": "loader",
     "Mixture": "order",
     "Stage": "order",
-    "TokenCorpus": "shards",
+    "TokenCorpus": "corpus",
     "StreamSpec": "spec",
     "Stream": "stream",
     "Text": "stream",

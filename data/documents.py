@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from data.errors import DataError
 
-MAX_ROW_BYTES = 1 << 26
+# The tokenizers library takes about 90 bytes of memory for one of text.
+MAX_ROW_BYTES = 1 << 24
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})?")
 
 

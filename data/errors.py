@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
 EXIT_DATA_ERROR = 77
+EXIT_NO_READER = 141  # what a shell reports of a program that SIGPIPE ended
 
 
 class DataError(ValueError):
@@ -25,9 +27,13 @@ def one_line(error: BaseException) -> str:
 
 
 def run_command(command: Callable[[], None]) -> int:
-    """Run a command body and return its exit code: 0, or 77 after one `error:` line on stderr."""
+    """Run a command body and return its exit code: 0, 77 after one `error:` line on stderr, or 141: nobody reads on."""
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return EXIT_NO_READER
     except (DataError, OSError) as error:
         print(f"error: {complaint(error)}", file=sys.stderr)
         return EXIT_DATA_ERROR

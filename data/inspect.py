@@ -15,12 +15,13 @@ import xxhash
 import yaml
 from torch import Tensor
 
+from data.corpus import TokenCorpus
 from data.documents import require_file
 from data.errors import DataError, run_command
 from data.loader import BatchSizes
 from data.order import MAX_ROWS
 from data.pipeline import open_stream, open_text, stream_spec
-from data.shards import TokenCorpus, TokenSource
+from data.shards import TokenSource
 from data.spec import StreamSpec
 from data.stream import Stream
 from data.text.loader import TextLoader

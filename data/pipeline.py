@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from data.corpus import TokenCorpus
 from data.errors import DataError
 from data.loader import BatchSizes, TrainLoader
 from data.order import Stage
 from data.prepare import prepare_cached
-from data.shards import TokenCorpus
 from data.sources import SourceSpec
 from data.spec import StreamSpec
 from data.stream import Stream, Text, require_sources

@@ -20,10 +20,11 @@ import numpy as np
 import xxhash
 
 from data.batch import Batch, Sequences
+from data.corpus import TokenCorpus
 from data.errors import DataError
 from data.order import Mixture, permute, permute_in_windows, skip
 from data.packing import BestFit, Chunks
-from data.shards import TokenCorpus, TokenSource
+from data.shards import TokenSource
 from data.spec import StreamSpec
 from data.stream import Stream
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from benchmarks.data_peers.common import SEED, Job, Loader, read_tokens, serve
 from benchmarks.data_peers.corpus import BOS_ID, EOS_ID, VOCAB_SIZE
+from data.corpus import TokenCorpus
 from data.files import file_digest
 from data.loader import TrainLoader
 from data.manifest import MANIFEST, TOKENIZER, Manifest, Shard, SourceRecord
 from data.prepare.selection import SHARD_TOKENS
-from data.shards import TokenCorpus
 from data.spec import StreamSpec
 from data.token_stream import TokenStream
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import xxhash
 
+from data.corpus import TokenCorpus
 from data.errors import DataError
 from data.files import locked, new_folder, write_whole
 from data.manifest import FORMAT_VERSION, TOKENIZER
@@ -32,7 +33,6 @@ from data.prepare.plan import PLAN_VERSION, Plan, open_plan, resolve_all, sorted
 from data.prepare.progress import Progress
 from data.prepare.selection import Selection
 from data.prepare.workers import encode_here, encode_in_workers
-from data.shards import TokenCorpus
 from data.sources import SourceSpec
 from data.sources.spec import source_of_path
 from data.split import SPLIT_KEY
@@ -122,7 +122,7 @@ def _as_spec(source: Source) -> SourceSpec:
 
 
 def _require_new(out: Path) -> None:
-    if out.exists():
+    if os.path.lexists(out):
         raise DataError(f"{out}: exists already, choose another folder or remove it")
 
 

@@ -9,10 +9,10 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+from data.corpus import TokenCorpus
 from data.errors import DataError, run_command
 from data.prepare import Filters, Selection, prepare
 from data.prepare.selection import MAX_BAD_ROWS, SHARD_TOKENS
-from data.shards import TokenCorpus
 from data.sources import SourceSpec, parse_source, read_sources_file
 from data.split import HELD_OUT
 

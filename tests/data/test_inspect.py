@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,3 +193,14 @@ def test_it_is_a_command(small_folder: Path) -> None:
     command = [sys.executable, "-m", "data.inspect", str(small_folder), "stats"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "bytes/token" in result.stdout
+
+
+def test_it_ends_quietly_when_its_reader_has_seen_enough(small_folder: Path) -> None:
+    command = [sys.executable, "-m", "data.inspect", str(small_folder), "peek", "0"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")

@@ -274,8 +274,10 @@ def test_refusals(small_sources: list[Path], tmp_path: Path) -> None:
         with pytest.raises(DataError, match=reason):
             prepare(sources, TOKENIZER, tmp_path / "out")
         assert sorted(tmp_path.iterdir()) == before
-    with pytest.raises(DataError, match="exists already"):
-        prepare([en], TOKENIZER, tmp_path)
+    (tmp_path / "link").symlink_to("nowhere")
+    for there in (tmp_path, tmp_path / "link"):
+        with pytest.raises(DataError, match="exists already"):
+            prepare([en], TOKENIZER, there)
     with pytest.raises(DataError, match="workers: 0 is too small"):
         prepare([en], TOKENIZER, tmp_path / "out", workers=0)
     all_bad = Selection(max_bad_rows=1)

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 
 from bad_inputs import Attempt, Bench, Case, Refused
-from data.shards import TokenCorpus
+from data.corpus import TokenCorpus
 
 BIN, IDX = "train-en-00000.bin", "train-en-00000.idx"
 Content = dict[str, Any]
@@ -176,6 +176,10 @@ FILES: dict[str, tuple[Damage, str]] = {
     "wider ids than there are": (
         lambda folder: rewrite(folder, lambda content: content.update(dtype="uint32")),
         "bytes, the manifest says",
+    ),
+    "a larger vocabulary than the tokenizer's": (
+        lambda folder: rewrite(folder, lambda content: content.update(vocab_size=9000)),
+        "manifest.json: vocab_size is 9000, the tokenizer's is 8192",
     ),
     "a shard named twice": (lambda folder: rewrite(folder, _twice), "must be numbered from 0 on"),
     "manifest a folder": (_as_folder("manifest.json"), "manifest.json: is a folder"),

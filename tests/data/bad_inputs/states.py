@@ -13,10 +13,10 @@ import numpy as np
 from conftest import TOKENIZER
 
 from bad_inputs import Attempt, Bench, Case, Refused, json_line
+from data.corpus import TokenCorpus
 from data.loader import TrainLoader
 from data.prepare import Filters, prepare
 from data.prepare.plan import work_folder
-from data.shards import TokenCorpus
 from data.sources import SourceSpec
 from data.spec import StreamSpec
 from data.text.corpus import TextCorpus
