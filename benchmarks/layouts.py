@@ -60,18 +60,14 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"),
         *options.overrides,
         *overrides,
-        *(
-            f"train.steps={options.steps}",
-            f"train.log_interval={options.log_interval}",
-            "train.eval_interval=0",
-            "checkpoint.interval=0",
-        ),
-        *(
-            f"optim.schedule.warmup_steps={options.steps // 4}",
-            "telemetry.report=false",
-            f"output_dir={folder}",
-            "name=layouts",
-        ),
+        f"train.steps={options.steps}",
+        f"train.log_interval={options.log_interval}",
+        "train.eval_interval=0",
+        "checkpoint.interval=0",
+        f"optim.schedule.warmup_steps={options.steps // 4}",
+        "telemetry.report=false",
+        f"output_dir={folder}",
+        "name=layouts",
         f"run={run}",
     ]
     start = time.perf_counter()
@@ -80,7 +76,8 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
         return {"layout": layout, "gpus": processes, "exit_code": done.returncode, "seconds": seconds}
-    rows = [json.loads(line) for line in (folder / "layouts" / run / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "layouts" / run / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "validation" not in row]
     timed = [row for row in rows if row["step"] > options.warmup]
     speed = statistics.median(row["tokens_per_second"] for row in timed) / processes
     return {
