@@ -6,6 +6,8 @@ that I can be sharded without interleaving. Under FSDP or tensor parallelism pas
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Iterable
 
 import torch
@@ -13,34 +15,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels import megablocks
-from moe.kernels.permute import combine_rows, gather_rows, sort_by_expert
+from moe.kernels.permute import Permutation, combine_rows, gather_rows, sort_by_expert
 
-BACKENDS = ("loop", "grouped_mm", "megablocks")
+BACKENDS = ("loop", "grouped_mm", "triton", "quack", "megablocks")
+FUSED = ("triton", "quack")
+"""Those that take the whole layer, permutation included, as one operator (`moe.kernels.fused`)."""
+QUACK_VERSION = "0.4."
+"""The interface of QuACK that is used is not a promised one: other versions are left alone."""
 GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that `expert_mlp` accepts with the packages installed here."""
-    return BACKENDS if megablocks.is_installed() else BACKENDS[:2]
+    """Names that `expert_mlp` accepts with the packages installed here. Imports none of them."""
+    return tuple(name for name in BACKENDS if _is_installed(name))
+
+
+def _is_installed(backend: str) -> bool:
+    if backend == "megablocks":
+        return megablocks.is_installed()
+    if backend not in FUSED:
+        return True
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        return backend == "triton" or importlib.metadata.version("quack-kernels").startswith(QUACK_VERSION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, widths: Iterable[int] = ()) -> str:
     """Turn "auto" into the fastest backend for this device and dtype; check any other name.
 
-    `widths` are the H and I to be used: "auto" avoids grouped_mm where they break its alignment rule. On the CPU
-    grouped_mm is the faster one too, by 5-20 %. Raises ValueError for a backend that cannot run here.
+    On Hopper that is "quack" where installed, else "triton" (docs/performance.md has the figures); elsewhere
+    grouped_mm, on the CPU too, by 5-20 %. `widths` are the H and I to be used: "auto" avoids grouped products where
+    they break their alignment rule. Raises ValueError for a backend that cannot run here.
     """
     device = torch.device(device)
     if name == "auto":
-        return "grouped_mm" if _prefers_grouped_mm(device, dtype, widths) else "loop"
+        return _fastest(device, dtype, widths)
     available = ", ".join(("auto", *available_backends()))
     if name not in BACKENDS:
         raise ValueError(f"expert backend {name!r} is not one of {available}")
     if name not in available_backends():
-        raise ValueError(f"{megablocks.MISSING}; available here: {available}")
+        raise ValueError(f"{_missing(name)}; available here: {available}")
     if name == "megablocks" and device.type != "cuda":
         raise ValueError(f"expert backend 'megablocks' runs on CUDA devices only, not on {device.type}")
+    if name in FUSED and not _is_hopper(device):
+        raise ValueError(f"expert backend {name!r} runs on Hopper GPUs only; available here: {available}")
     return name
+
+
+def _missing(backend: str) -> str:
+    return f"expert backend {backend!r} is not installed: run launch/install_gpu.sh"
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -64,19 +94,18 @@ def expert_mlp(
     and leaves those rows undefined; it suits callers that have no such rows, or like `gather_rows` and `combine_rows`
     never look at them. An expert without rows gets a zero gradient.
 
-    backend: "loop" (any dtype and width; copies the counts to the host), "grouped_mm" or "megablocks" (neither waits
-    for the device). Raises ValueError for an unknown or absent backend, and for dtypes and widths that it cannot run.
+    backend: "loop" (any dtype and width; copies the counts to the host) or one of the others, none of which waits for
+    the device. Raises ValueError for an unknown or absent backend, and for dtypes and widths that it cannot run.
     """
     if backend == "loop":
         return _loop_mlp(x, gate_up_proj, down_proj, tokens_per_expert)
     _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
-    grouped = _grouped_mm_mlp if backend == "grouped_mm" else megablocks.grouped_glu
     if not zero_tail:
-        return grouped(x, gate_up_proj, down_proj, tokens_per_expert)
+        return _grouped_mlp(x, gate_up_proj, down_proj, tokens_per_expert, backend)
     used = (torch.arange(x.shape[0], device=x.device) < tokens_per_expert.sum()).unsqueeze(1)
     # Grouped GEMMs leave rows past the last offset uninitialised, in their output and in the gradient of x. A select
     # rather than a product on both sides: what lies there may be NaN.
-    out = grouped(torch.where(used, x, 0), gate_up_proj, down_proj, tokens_per_expert)
+    out = _grouped_mlp(torch.where(used, x, 0), gate_up_proj, down_proj, tokens_per_expert, backend)
     return torch.where(used, out, 0)
 
 
@@ -92,12 +121,15 @@ def routed_experts(
     """Route, compute and combine on one device: x (T, H), expert_indices and fp32 weights (T, K) -> (T, H).
 
     Padding tokens (`valid` (T,) False) come out as zero and receive no gradient. Backends and errors are those of
-    `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels.
+    `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels. FUSED ones allow one backward pass only.
     """
-    if backend == "megablocks":
+    if backend != "loop":
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
+    if backend == "megablocks":
         return megablocks.dropless_experts(x, expert_indices, weights, gate_up_proj, down_proj, valid)
     permutation = sort_by_expert(expert_indices, gate_up_proj.shape[0], valid)
+    if backend in FUSED:
+        return _fused(x, weights, permutation, gate_up_proj, down_proj, permutation.tokens_per_expert, backend)
     rows = gather_rows(x, permutation)
     rows = expert_mlp(rows, gate_up_proj, down_proj, permutation.tokens_per_expert, backend, zero_tail=False)
     return combine_rows(rows, weights, permutation)
@@ -113,6 +145,29 @@ def _loop_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_exp
     return torch.cat([*outputs, torch.zeros_like(tail)])
 
 
+def _grouped_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor, backend: str) -> Tensor:
+    if backend in FUSED:
+        return _fused(x, None, None, gate_up_proj, down_proj, tokens_per_expert, backend)
+    grouped = _grouped_mm_mlp if backend == "grouped_mm" else megablocks.grouped_glu
+    return grouped(x, gate_up_proj, down_proj, tokens_per_expert)
+
+
+def _fused(
+    x: Tensor,
+    weights: Tensor | None,
+    permutation: Permutation | None,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    tokens_per_expert: Tensor,
+    backend: str,
+) -> Tensor:
+    from moe.kernels.fused import experts  # needs Triton, which other backends do without
+
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+    slots = (None, None) if permutation is None else (permutation.slot_of_row, permutation.row_of_slot)
+    return experts(x.contiguous(), weights, *slots, ends, gate_up_proj, down_proj, backend)[0]
+
+
 def _grouped_mm_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor) -> Tensor:
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     gate_up_weight = gate_up_proj.flatten(1, 2).transpose(1, 2)  # (E, 2, I, H) -> (E, H, 2I): one GEMM for both
@@ -120,18 +175,23 @@ def _grouped_mm_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_p
     return F.grouped_mm(swiglu(gate_up), down_proj.transpose(1, 2), offs=ends)
 
 
-def _prefers_grouped_mm(device: torch.device, dtype: torch.dtype, widths: Iterable[int]) -> bool:
+def _fastest(device: torch.device, dtype: torch.dtype, widths: Iterable[int]) -> str:
     if dtype not in GROUPED_MM_DTYPES or any(width * dtype.itemsize % 16 for width in widths):
-        return False
-    # Elsewhere on CUDA torch runs a loop of its own, with a host synchronisation.
-    return device.type == "cpu" or (
-        device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+        return "loop"
+    if device.type == "cpu":
+        return "grouped_mm"
+    # Elsewhere on CUDA torch's grouped_mm is a loop of its own, with a host synchronisation.
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
+        return "loop"
+    fused = [name for name in reversed(FUSED) if _is_installed(name)] if _is_hopper(device) else []
+    return fused[0] if fused else "grouped_mm"
 
 
 def _check_grouped(backend: str, dtype: torch.dtype, widths: Iterable[int]) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"expert backend {backend!r} is not one of {', '.join(available_backends())}")
+    if not _is_installed(backend):
+        raise ValueError(_missing(backend))
     if dtype not in GROUPED_MM_DTYPES:
         raise ValueError(f"expert backend {backend!r} runs bfloat16, float16 or float32, not {dtype}: use 'loop'")
     for width in widths:

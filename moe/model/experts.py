@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.config.model import ModelConfig
-from moe.kernels.experts import expert_mlp
-from moe.kernels.permute import Permutation, combine_rows, gather_rows, sort_by_expert
+from moe.kernels.experts import expert_mlp, routed_experts
 from moe.model.balance import RoutingStats, Tokens, alone, routing_stats
 from moe.model.mlp import MLP
 from moe.model.router import KeptChoice, Routing, build_router
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to experts and back. Dropless: no capacity, no padding.
+    """Brings tokens to experts that ranks share out, and back. Dropless: no capacity, no padding.
 
     Between `dispatch` and `receive` rows may be under way from rank to rank, and other work can be done.
     """
@@ -34,26 +33,6 @@ class Dispatcher(Protocol):
     def combine(self, rows: Tensor, routing: Routing, sent: Any) -> Tensor:
         """(R, H) expert outputs -> (N, H), each token's weighted by its gate values; zero where not valid."""
         ...
-
-
-class LocalDispatcher:
-    """The dispatcher where every expert is on this device."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(
-        self, x: Tensor, routing: Routing, valid: Tensor, kept: KeptChoice | None = None
-    ) -> tuple[Tensor, Permutation]:
-        permutation = sort_by_expert(routing.expert_indices, self.num_experts, valid)
-        return gather_rows(x, permutation), permutation
-
-    def receive(self, sent: tuple[Tensor, Permutation]) -> tuple[Tensor, Tensor]:
-        rows, permutation = sent
-        return rows, permutation.tokens_per_expert
-
-    def combine(self, rows: Tensor, routing: Routing, sent: tuple[Tensor, Permutation]) -> Tensor:
-        return combine_rows(rows, routing.weights, sent[1])
 
 
 class GroupedExperts(nn.Module):
@@ -76,6 +55,11 @@ class GroupedExperts(nn.Module):
             return rows.clone()  # none come to a rank that was left without an expert
         return expert_mlp(rows, gate_up_proj, down_proj, tokens_per_expert, self.backend, zero_tail=False)
 
+    def route(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
+        """(N, H) tokens, all of whose experts are here -> (N, H), the gated sum; zero where not `valid` (N,)."""
+        weights = local(self.gate_up_proj), local(self.down_proj)
+        return routed_experts(x, routing.expert_indices, routing.weights, *weights, self.backend, valid)
+
 
 class MoE(nn.Module):
     """Equation 9 without the residual: shared experts on every token plus the chosen ones, gated."""
@@ -84,7 +68,8 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.num_languages = config, num_languages
         self.gate = build_router(config)
-        self.dispatcher: Dispatcher = LocalDispatcher(config.n_routed_experts)
+        self.dispatcher: Dispatcher | None = None
+        """None where every expert is on this device."""
         self.pool: Callable[[Tensor], Tensor] = alone
         """Sums a tensor over the ranks that see other parts of the same sequence or pool, for balance losses."""
         self.experts = GroupedExperts(config, backend)
@@ -95,7 +80,7 @@ class MoE(nn.Module):
         """(B, T, H) -> (B, T, H) and the layer's statistics; `kept` is given where this may be recomputed."""
         flat, valid = x.flatten(0, 1), tokens.valid.flatten()
         routing = self.gate(flat, tokens.input_ids.flatten(), kept)
-        if isinstance(self.dispatcher, LocalDispatcher):
+        if self.dispatcher is None:
             y, shared = self.routed(flat, routing, valid), self.shared(x)
         else:
             sent = self.dispatcher.dispatch(flat, routing, valid, kept)
@@ -109,8 +94,7 @@ class MoE(nn.Module):
 
         One function without data-dependent shapes, so that it compiles as a whole.
         """
-        sent = self.dispatcher.dispatch(x, routing, valid, None)
-        return self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), routing, sent)
+        return self.experts.route(x, routing, valid)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """The shared experts' output, where there are any."""

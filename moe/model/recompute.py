@@ -24,7 +24,8 @@ KEPT = {
         for name in ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tensor")
     ),
 }
-"""Operators whose results `selective` keeps: matrix products, attention, exchanges between ranks."""
+"""Operators whose results `selective` keeps: matrix products, attention, exchanges between ranks. So it does those of
+our own kernels, which exist only where a backend needs them."""
 
 
 def recomputed(mode: str, block: Callable[..., T], *arguments: object) -> T:
@@ -52,7 +53,7 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in KEPT:
+        if _is_kept(func):
             self.results[func].append(_detached(result))
         return result
 
@@ -61,9 +62,13 @@ class _Replay(_Keep):
     """Returns them instead of computing them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in KEPT:
+        if _is_kept(func):
             return _detached(self.results[func].popleft())
         return func(*args, **(kwargs or {}))
+
+
+def _is_kept(func: Any) -> bool:
+    return func.overloadpacket in KEPT or func.namespace == "moesaic"
 
 
 def _detached(result: Any) -> Any:

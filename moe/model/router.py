@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config.model import ModelConfig
+from moe.kernels.router_product import router_product
 
 
 class Routing(NamedTuple):
@@ -83,8 +84,7 @@ class TopKRouter(nn.Module):
 
         In log space, renormalising needs no epsilon that a router could exploit by driving every sigmoid to zero.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        logits = router_product(x, self.weight)
         return logits, F.logsigmoid(logits) if self.scoring_func == "sigmoid" else logits.log_softmax(dim=-1)
 
     def choose(self, log_scores: Tensor) -> Tensor:

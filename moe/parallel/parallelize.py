@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe.config.schema import ParallelConfig, RuntimeConfig
@@ -118,7 +118,8 @@ def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, paralle
                     shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
                 )
                 if world.layout.expert > 1:
-                    _mend_empty_share(block.mlp.experts)
+                    register_fsdp_forward_method(block.mlp.experts, "route")
+                _mend_empty_share(block.mlp.experts)
         fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)
     fully_shard(model, mesh=dense, mp_policy=compute, reshard_after_forward=False, shard_placement_fn=across)
     for module in _fsdp_modules(model):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.kernels import experts as experts_module
 from moe.kernels import megablocks
 from moe.kernels.experts import available_backends, expert_mlp, resolve_backend, routed_experts, swiglu
 from moe.kernels.reference import moe_reference
@@ -172,33 +175,64 @@ def test_resolve_backend() -> None:
         resolve_backend("fast", "cpu", torch.float32)
 
 
+ALL = ("triton", "quack", "megablocks")
+
+
 @pytest.mark.parametrize(
-    ("capability", "dtype", "expected"),
+    ("capability", "dtype", "installed", "expected"),
     [
-        ((9, 0), torch.bfloat16, "grouped_mm"),
-        ((10, 0), torch.bfloat16, "grouped_mm"),
-        ((8, 0), torch.bfloat16, "loop"),
-        ((9, 0), torch.float32, "loop"),
+        ((9, 0), torch.bfloat16, ALL, "quack"),
+        ((9, 0), torch.bfloat16, ("triton",), "triton"),
+        ((9, 0), torch.bfloat16, (), "grouped_mm"),
+        ((10, 0), torch.bfloat16, ALL, "grouped_mm"),
+        ((8, 0), torch.bfloat16, ALL, "loop"),
+        ((9, 0), torch.float32, ALL, "loop"),
     ],
 )
 def test_auto_on_cuda(
-    capability: tuple[int, int], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    installed: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(experts_module, "_is_installed", lambda name: name in installed)
     assert resolve_backend("auto", "cuda", dtype, (1280, 848)) == expected
+    assert resolve_backend("auto", "cuda", dtype, (1280, 849)) == "loop"
 
 
-def test_absent_megablocks_names_the_installer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megablocks, "is_installed", lambda: False)
+@pytest.mark.parametrize("backend", ["triton", "quack", "megablocks"])
+def test_absent_packages_name_the_installer(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_module, "_is_installed", lambda name: name in ("loop", "grouped_mm"))
     assert available_backends() == ("loop", "grouped_mm")
-    with pytest.raises(ValueError, match=r"run launch/install_gpu.sh; available here: auto, loop, grouped_mm$"):
-        resolve_backend("megablocks", "cuda", torch.bfloat16)
+    message = f"^expert backend '{backend}' is not installed: run launch/install_gpu.sh"
+    with pytest.raises(ValueError, match=f"{message}; available here: auto, loop, grouped_mm$"):
+        resolve_backend(backend, "cuda", torch.bfloat16)
     x, experts, weights, gate_up, down = unit_variance(skewed(8, 2, 4), 4, torch.float32)
-    megablocks.load.cache_clear()
-    with pytest.raises(ValueError, match=r"run launch/install_gpu.sh"):
-        routed_experts(x, experts, weights, gate_up, down, "megablocks")
-    with pytest.raises(ValueError, match=r"run launch/install_gpu.sh"):
-        expert_mlp(x, gate_up, down, torch.tensor([2, 2, 2, 2]), "megablocks")
+    with pytest.raises(ValueError, match=f"{message}$"):
+        routed_experts(x, experts, weights, gate_up, down, backend)
+    with pytest.raises(ValueError, match=f"{message}$"):
+        expert_mlp(x, gate_up, down, torch.tensor([2, 2, 2, 2]), backend)
+
+
+def test_packages_are_looked_for_without_importing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert available_backends() == ("loop", "grouped_mm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" or None)
+    for version, expected in (("0.4.2", True), ("0.5.0", False)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        assert ("quack" in available_backends()) == expected
+
+
+@pytest.mark.parametrize("backend", ["triton", "quack"])
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_fused_backends_want_hopper(backend: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_module, "_is_installed", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(ValueError, match=f"'{backend}' runs on Hopper GPUs only; available here: auto, loop"):
+            resolve_backend(backend, device, torch.bfloat16)
 
 
 def test_megablocks_wants_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

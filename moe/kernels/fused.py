@@ -1,0 +1,142 @@
+"""The routed experts as one operator forward and one backward, around the fastest grouped products at hand.
+
+    x --gather, W1, SwiGLU--> a (N, I) --W2--> y (N, H) --weighted sum of each token's rows--> (T, H)
+
+Every tensor moves as seldom as the products allow; none is saved but x and the gate and up projections h, and h gives
+its memory to its own gradient. The products come from `moe.kernels.triton_products` (Triton and torch) or
+`moe.kernels.quack_products` (QuACK); both hold the same four functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.kernels.rows import Rows, sum_rows
+
+
+@torch.library.custom_op("moesaic::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    weights: Tensor | None,
+    slot_of_row: Tensor | None,
+    row_of_slot: Tensor | None,
+    ends: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    products: str,
+) -> tuple[Tensor, Tensor]:
+    """The SwiGLU experts w1 (E, 2, I, H), w2 (E, H, I), expert e on rows ends[e - 1] to ends[e].
+
+    With a permutation (see `moe.kernels.permute`) and `weights` (T, K) float32, x (T, H) are tokens and so is the
+    result, each the weighted sum of its rows. Without, x (N, H) are the rows, and so is the result, undefined after
+    ends[-1]. Also returns the gate and up projections (N, 2 I), for the backward pass. `products`: "triton" or "quack".
+    """
+    compute = _products(products)
+    rows = _rows(x, weights, slot_of_row, ends)
+    if not rows.total:
+        return torch.zeros_like(x), x.new_empty(0, 2 * w1.shape[2])
+    h, a = compute.up(x, rows, w1)
+    y = compute.down(a, rows, w2)
+    del a
+    return (y if row_of_slot is None else sum_rows(y, row_of_slot, rows.used, weights)), h
+
+
+@torch.library.custom_op("moesaic::experts_backward", mutates_args=())
+def experts_backward(
+    dy: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    slot_of_row: Tensor | None,
+    row_of_slot: Tensor | None,
+    ends: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    products: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `experts` for x, weights (empty without), w1 and w2.
+
+    `h` is used up: its memory takes its gradient. Nothing else reads it, so the operator does not declare that, which
+    would have compilers copy it.
+    """
+    compute = _products(products)
+    rows = _rows(x, weights, slot_of_row, ends)
+    if not rows.total:
+        dx, dweight, dw1, dw2 = (
+            torch.zeros_like(t) for t in (x, h[:, 0].float() if weights is None else weights, w1, w2)
+        )
+        return dx, dweight, dw1, dw2
+    dweight, dw2 = compute.down_backward(dy.contiguous(), rows, w2, h)  # h is its own gradient from here on
+    dx, dw1 = compute.up_backward(h, x, rows, w1)
+    if row_of_slot is None or weights is None:
+        return dx, dweight, dw1, dw2
+    dweights = torch.where(row_of_slot < rows.used, dweight[row_of_slot], 0).to(weights.dtype)
+    return sum_rows(dx, row_of_slot, rows.used, None), dweights, dw1, dw2
+
+
+def _products(name: str) -> ModuleType:
+    # QuACK takes seconds to import, and both may be absent where another backend runs
+    return importlib.import_module(f"moe.kernels.{name}_products")
+
+
+def _rows(x: Tensor, weights: Tensor | None, slot_of_row: Tensor | None, ends: Tensor) -> Rows:
+    if weights is None or slot_of_row is None:
+        return Rows(ends, len(x), None, None)
+    token = (slot_of_row // weights.shape[1]).to(torch.int32)
+    return Rows(ends, len(slot_of_row), token, weights.flatten()[slot_of_row].float())
+
+
+@experts.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor | None,
+    slot_of_row: Tensor | None,
+    row_of_slot: Tensor | None,
+    ends: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    products: str,
+) -> tuple[Tensor, Tensor]:
+    num_rows = x.shape[0] if slot_of_row is None else slot_of_row.shape[0]
+    return torch.empty_like(x), x.new_empty(num_rows, 2 * w1.shape[2])
+
+
+@experts_backward.register_fake
+def _(
+    dy: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    slot_of_row: Tensor | None,
+    row_of_slot: Tensor | None,
+    ends: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    products: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dweights = x.new_empty(0, dtype=torch.float32) if weights is None else torch.empty_like(weights)
+    return torch.empty_like(x), dweights, torch.empty_like(w1), torch.empty_like(w2)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.products = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    h, x, weights, *rest = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 8
+    dx, dweights, dw1, dw2 = experts_backward(dy, h, x, weights, *rest, ctx.products)
+    torch.autograd.graph.increment_version(h)  # a second backward pass over the same graph raises
+    return dx, None if weights is None else dweights, None, None, None, dw1, dw2, None
+
+
+experts.register_autograd(_backward, setup_context=_keep)

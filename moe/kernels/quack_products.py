@@ -1,0 +1,95 @@
+"""Grouped products for `moe.kernels.fused` by QuACK (https://github.com/Dao-AILab/quack, quack-kernels 0.4): kernels in
+CuTe for Hopper, with the gather and SwiGLU inside in both passes.
+
+What QuACK chooses without tuning is not the fastest for fine experts, and its tuner waits for the device, so the tiles
+are fixed here, by operation. QuACK interleaves gate and up in h, and takes stacked weights as they are ("concat").
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.kernels.rows import Rows
+
+LONG = 2048
+"""Reductions of at least this length hide a tile's epilogue without a second tile at work (pingpong)."""
+
+
+def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, H) by w1 (E, 2, I, H) -> h: gate and up interleaved (N, 2 I), and silu(gate) * up (N, I)."""
+    width = w1.shape[2]
+    h, a = x.new_empty(rows.total, 2 * width), x.new_empty(rows.total, width)
+    if rows.total:
+        _quack().gated(
+            x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=_bounds(rows), A_idx=rows.token,
+            config=_tile(128, 192, pingpong=True), concat_layout=("B",),
+        )  # fmt: skip
+    return h, a
+
+
+def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
+    """a (N, I) by w2 (E, H, I) -> (N, H)."""
+    y = a.new_empty(rows.total, w2.shape[1])
+    if rows.total:
+        _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=_tile(128, 256))
+    return y
+
+
+def down_backward(dy: Tensor, rows: Rows, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """dy (T, H), the gradient of the weighted sums -> those of the weights (N,) and w2; overwrites h with its own."""
+    a, dw2 = h.new_empty(rows.total, w2.shape[2]), torch.empty_like(w2)
+    if not rows.total:
+        return dy.new_empty(0, dtype=torch.float32), dw2.zero_()
+    weighted, bounds = rows.weight is not None, _bounds(rows)
+    dweight = _quack().gated_backward(
+        dy, w2, h, h, a, colvec_scale=rows.weight, colvec_reduce=weighted, cu_seqlens_m=bounds, A_idx=rows.token,
+        dynamic_scheduler=False, config=_tile(256, 128),
+    )  # fmt: skip
+    _quack().plain(dy.T, a, dw2, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(128, 256))
+    return dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw2
+
+
+def up_backward(dh: Tensor, x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """dh (N, 2 I) -> gradients of the rows of x (N, H) and of w1."""
+    dx, dw1 = x.new_empty(rows.total, x.shape[1]), torch.empty_like(w1)
+    if not rows.total:
+        return dx, dw1.zero_()
+    bounds, stacked = _bounds(rows), w1.flatten(1, 2)
+    _quack().plain(
+        x.T, dh, dw1.flatten(1, 2).mT, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 192),
+        concat_layout=("out",),
+    )  # fmt: skip
+    tile = _tile(128, 256) if stacked.shape[1] >= LONG else _tile(128, 192, pingpong=True)
+    _quack().plain(dh, stacked, dx, cu_seqlens_m=bounds, config=tile, concat_layout=("B",))
+    return dx, dw1
+
+
+def _bounds(rows: Rows) -> Tensor:
+    """(E + 1,) int32."""
+    return F.pad(rows.ends, (1, 0))
+
+
+@functools.cache
+def _quack() -> SimpleNamespace:
+    interface: Any = importlib.import_module("quack.gemm_interface")
+    return SimpleNamespace(
+        plain=interface.gemm_tuned.fn,
+        gated=interface.gemm_gated_tuned.fn,
+        gated_backward=interface.gemm_dgated_tuned.fn,
+    )
+
+
+@functools.cache
+def _tile(rows: int, columns: int, pingpong: bool = False) -> Any:
+    """Two thread blocks share each load of the second operand."""
+    config: Any = importlib.import_module("quack.gemm_config")
+    return config.GemmConfig(
+        tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
+    )

@@ -1,0 +1,42 @@
+"""Grouped products for `moe.kernels.fused`: the first one our own, with gather and SwiGLU inside; the others torch's.
+
+torch's grouped_mm is as fast on plain rows as our own product was, and its weight gradients are faster than with the
+gather inside (docs/performance.md), so in the backward pass rows are gathered for it.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.kernels.rows import Rows, swiglu_backward
+from moe.kernels.up_projection import up_projection
+
+
+def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, H) by w1 (E, 2, I, H) -> h: gate beside up (N, 2 I), and silu(gate) * up (N, I)."""
+    return up_projection(x, rows.token, w1, rows.ends, rows.total)
+
+
+def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
+    """a (N, I) by w2 (E, H, I) -> (N, H)."""
+    return F.grouped_mm(a, w2.transpose(1, 2), offs=rows.ends)
+
+
+def down_backward(dy: Tensor, rows: Rows, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """dy (T, H), the gradient of the weighted sums -> those of the weights (N,) and w2; overwrites h with its own."""
+    dy = _gather(dy, rows)
+    a = F.grouped_mm(dy, w2, offs=rows.ends)  # its gradient, which the next line turns into a times the weight
+    dweight = swiglu_backward(h, a, rows.weight, rows.used)
+    return dweight, F.grouped_mm(dy.t(), a, offs=rows.ends)
+
+
+def up_backward(dh: Tensor, x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """dh (N, 2 I) -> gradients of the rows of x (N, H) and of w1."""
+    dw1 = F.grouped_mm(dh.t(), _gather(x, rows), offs=rows.ends).view_as(w1)
+    return F.grouped_mm(dh, w1.flatten(1, 2), offs=rows.ends), dw1
+
+
+def _gather(x: Tensor, rows: Rows) -> Tensor:
+    """(T, H) -> (N, H)."""
+    return x if rows.token is None else x.index_select(0, rows.token)

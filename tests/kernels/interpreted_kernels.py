@@ -1,0 +1,179 @@
+"""The fused layer's Triton kernels in Triton's interpreter, on the CPU; run by tests/kernels/test_interpreted.py."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.kernels import up_projection
+from moe.kernels.experts import expert_mlp, routed_experts
+from moe.kernels.permute import sort_by_expert
+from moe.kernels.reference import moe_reference
+from moe.kernels.rows import spread_rows, sum_rows, swiglu_backward
+
+# Largest error allowed, relative to the root mean square of the tensor. A lost term costs about 1.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles in every direction at sizes that the interpreter can bear."""
+    monkeypatch.setattr(up_projection, "ROWS", 16)
+    monkeypatch.setattr(up_projection, "COLUMNS", 16)
+    monkeypatch.setattr(up_projection, "DEPTH", 16)
+    monkeypatch.setattr(up_projection, "BAND", 2)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor that torch allocates without writing it holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_leaves(tokens: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weights = (torch.rand(tokens, top_k, generator=generator) + 0.5).requires_grad_()
+    x, gate_up = normal(tokens, hidden), normal(num_experts, 2, width, hidden) * hidden**-0.5
+    down = normal(num_experts, hidden, width) * width**-0.5
+    x, gate_up, down = (t.to(dtype).requires_grad_() for t in (x, gate_up, down))
+    return [x, weights, gate_up, down]
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.shape == expected.shape
+    scale = expected.double().square().mean().sqrt().clamp(min=0.05)
+    assert ((actual.double() - expected.double()).abs() <= TOLERANCE[dtype] * (expected.double().abs() + scale)).all()
+
+
+def assert_layer(experts: Tensor, leaves: list[Tensor], valid: Tensor | None = None) -> None:
+    """Output and all gradients of the layer against fp64; what padding holds is poison."""
+    x, weights, gate_up, down = leaves
+    kept = torch.ones(len(x), dtype=torch.bool) if valid is None else valid
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = moe_reference(exact[0], torch.where(kept[:, None], experts, -1), *exact[1:])
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+    wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    x, weights = (t.detach().masked_fill(~kept[:, None], torch.nan).requires_grad_() for t in (x, weights))
+    out = routed_experts(x, experts, weights, gate_up, down, "triton", valid)
+    actual = [out, *torch.autograd.grad(out, (x, weights, gate_up, down), grad.masked_fill(~kept[:, None], torch.nan))]
+    assert [t.dtype for t in actual] == [x.dtype, *(leaf.dtype for leaf in leaves)]
+    for a, w in zip(actual, wanted, strict=True):
+        assert_close(a, w, x.dtype)
+    unused = [e for e in range(len(gate_up)) if not (experts[kept] == e).any()]
+    assert all((t[unused] == 0).all() for t in actual[3:])
+    assert all((t[~kept] == 0).all() for t in actual[:3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_experts", "hidden", "width"),
+    [(40, 3, 5, 40, 24), (17, 1, 3, 16, 40), (5, 4, 9, 24, 8), (1, 1, 1, 8, 8)],
+)
+def test_layer(tokens: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> None:
+    experts = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(2)).argsort(1)[:, :top_k]
+    assert_layer(experts, make_leaves(tokens, top_k, num_experts, hidden, width, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hot", [0, 2, 4])
+def test_one_hot_expert_and_empty_ones(hot: int, dtype: torch.dtype) -> None:
+    assert_layer(torch.full((35, 1), hot), make_leaves(35, 1, 5, 24, 24, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_padding_that_holds_nan(share: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    experts, valid = torch.randint(4, (30, 2), generator=generator), torch.rand(30, generator=generator) < share
+    assert_layer(experts, make_leaves(30, 2, 4, 24, 24, dtype), valid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_experts_that_are_shared_out(dtype: torch.dtype) -> None:
+    """As under expert parallelism: rows come sorted, without weights."""
+    counts = torch.tensor([7, 0, 20, 3])
+    x, _, gate_up, down = make_leaves(30, 1, 4, 24, 16, dtype)
+    exact = [t.detach().double().requires_grad_() for t in (x, gate_up, down)]
+    experts = torch.arange(4).repeat_interleave(counts)[:, None]
+    expected = moe_reference(exact[0], experts, torch.ones(30, 1, dtype=torch.float64), *exact[1:])
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out = expert_mlp(x, gate_up, down, counts, "triton", zero_tail=False)
+    actual = [out, *torch.autograd.grad(out, (x, gate_up, down), grad)]
+    for a, w in zip(actual, [expected, *torch.autograd.grad(expected, exact, grad.double())], strict=True):
+        assert_close(a, w, dtype)
+
+
+def test_no_rows_at_all() -> None:
+    x, _, gate_up, down = make_leaves(0, 1, 4, 24, 16, torch.float32)
+    out = expert_mlp(x, gate_up, down, torch.zeros(4, dtype=torch.int64), "triton", zero_tail=False)
+    grads = torch.autograd.grad(out.sum(), (x, gate_up, down))
+    assert out.shape == (0, 24)
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_second_backward_pass_is_refused() -> None:
+    x, weights, gate_up, down = make_leaves(9, 2, 3, 16, 16, torch.float32)
+    out = routed_experts(x, torch.arange(18).view(9, 2) % 3, weights, gate_up, down, "triton")
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_compiles_without_graph_breaks_for_any_number_of_tokens() -> None:
+    compiled = torch.compile(routed_experts, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (9, 14):
+        leaves = make_leaves(tokens, 2, 3, 16, 16, torch.float32)
+        experts = torch.arange(2 * tokens).view(tokens, 2) % 3
+        results = []
+        for layer in (compiled, routed_experts):
+            out = layer(leaves[0], experts, *leaves[1:], "triton")
+            results.append(torch.autograd.grad(out.square().sum(), leaves))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 520])
+def test_row_sums_and_their_gradients(width: int, dtype: torch.dtype) -> None:
+    experts, valid = torch.randint(4, (20, 3), generator=torch.Generator().manual_seed(4)), torch.arange(20) % 4 > 0
+    permutation = sort_by_expert(experts, 4, valid)
+    used = permutation.tokens_per_expert.sum(0, keepdim=True).int()
+    rows, weights, grad = torch.randn(60, width).to(dtype), torch.rand(20, 3), torch.randn(20, width).to(dtype)
+    rows[int(used) :] = torch.nan
+    chosen = torch.where(valid[:, None, None], rows[permutation.row_of_slot], 0).float()
+    assert_close(sum_rows(rows, permutation.row_of_slot, used, weights), (chosen * weights[..., None]).sum(1), dtype)
+    assert_close(sum_rows(rows, permutation.row_of_slot, used, None), chosen.sum(1), dtype)
+    grad_rows, grad_weights = spread_rows(grad, rows, permutation.row_of_slot, used, weights)
+    assert_close(grad_weights, (chosen * grad[:, None].float()).sum(-1), torch.float16)
+    spread = (grad[:, None].float() * weights[..., None]).flatten(0, 1)[permutation.slot_of_row]
+    assert_close(grad_rows[: int(used)], spread[: int(used)], dtype)
+
+
+@pytest.mark.parametrize(("width", "weighted"), itertools.product([16, 520], [False, True]))
+def test_swiglu_backward(width: int, weighted: bool) -> None:
+    h, da = torch.randn(6, 2 * width), torch.randn(6, width)
+    weight = torch.rand(6) if weighted else None
+    leaves = [h.clone().requires_grad_(), torch.ones(6) if weight is None else weight.clone()]
+    gate, up = leaves[0].chunk(2, 1)
+    leaves[1].requires_grad_()
+    a = torch.nn.functional.silu(gate) * up * leaves[1][:, None]
+    wanted = torch.autograd.grad(a, leaves, da)
+    used = torch.tensor([5], dtype=torch.int32)
+    before = h[5].clone(), da[5].clone()
+    dweight = swiglu_backward(h, da, weight, used)
+    assert_close(h[:5], wanted[0][:5], torch.float32)
+    assert_close(da[:5], a.detach()[:5], torch.float32)
+    assert torch.equal(h[5], before[0])
+    assert torch.equal(da[5], before[1])
+    if weighted:
+        assert_close(dweight[:5], wanted[1][:5], torch.float32)
