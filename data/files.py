@@ -14,6 +14,7 @@ from typing import BinaryIO, TypeVar
 import xxhash
 
 T = TypeVar("T")
+DAMAGES = (OSError, ValueError, KeyError, TypeError)
 
 
 def file_digest(path: Path) -> str:
@@ -72,16 +73,18 @@ def cached_folder(folder: Path, read: Callable[[Path], T], fill: Callable[[Path]
     """What `read` finds in `folder`; `fill` makes its content first where it is missing or damaged.
 
     Any number of processes may call this at once: one fills, the others wait. Where the file system has no locks they
-    all fill, and the first rename wins.
+    all fill, and the first rename wins. A folder that is there is only read: its storage may be read-only.
 
     Raises:
         OSError, DataError: of `fill`, or of `read` behind it.
     """
+    with suppress(*DAMAGES):
+        return read(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent / f".{folder.name}.lock") as alone:
         try:
             return read(folder)
-        except (OSError, ValueError, KeyError, TypeError):
+        except DAMAGES:
             shutil.rmtree(folder, ignore_errors=True)
         for left in folder.parent.glob(f".{folder.name}.tmp-*") if alone else ():  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)

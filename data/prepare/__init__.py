@@ -104,6 +104,8 @@ def prepare_cached(sources: Sequence[Source], tokenizer: str | Path, cache_dir: 
     """
     specs = sorted_sources([_as_spec(source) for source in sources])
     out = Path(cache_dir) / _inputs_digest(specs, Path(tokenizer), seed)
+    if _is_intact(out):  # needs no lock, which read-only storage could not give
+        return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock"):
         if out.exists() and not _is_intact(out):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,3 +63,17 @@ def damaged(small_folder: Path, tmp_path: Path) -> Callable[[Callable[[Path], ob
         return folder
 
     return damage
+
+
+@pytest.fixture
+def make_read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function from whose call on no lock can be had, as on read-only storage."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    def call() -> None:
+        for module in ("data.files", "data.prepare"):
+            monkeypatch.setattr(f"{module}.locked", refuse)
+
+    return call

@@ -214,6 +214,16 @@ def test_a_damaged_cache_is_made_again(name: str, small_sources: list[Path], tmp
     assert (folder / name).read_bytes() == content
 
 
+def test_a_cache_on_read_only_storage_is_read(
+    small_sources: list[Path], tmp_path: Path, make_read_only: Callable[[], None]
+) -> None:
+    folder = prepare_cached(small_sources, TOKENIZER, tmp_path)
+    make_read_only()
+    assert prepare_cached(small_sources, TOKENIZER, tmp_path) == folder
+    with pytest.raises(OSError, match="Read-only"):
+        prepare_cached(small_sources, TOKENIZER, tmp_path, seed=1)
+
+
 def test_processes_share_one_cache(small_sources: list[Path], tmp_path: Path) -> None:
     processes = [start(small_sources, tmp_path, "cached") for _ in range(2)]
     outputs = [finish(process) for process in processes]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -396,6 +396,15 @@ def test_the_plan_and_the_held_out_documents_are_kept(folder: Path, corpus: Text
     (path,) = (folder / "cache").glob(f"{corpus.plan.folder.name}/plan.json")
     path.write_text("{")
     assert open_corpus(folder).digest == corpus.digest
+
+
+def test_a_cache_on_read_only_storage_is_read(
+    folder: Path, corpus: TextCorpus, make_read_only: Callable[[], None]
+) -> None:
+    make_read_only()
+    assert open_corpus(folder).digest == corpus.digest
+    with pytest.raises(OSError, match="Read-only"):
+        open_corpus(folder, streams=4)
 
 
 def test_open_files_do_not_grow(stream: TextStream) -> None:
