@@ -74,7 +74,7 @@ def global_step(stream: TokenStream, size: int, ranks: int, state: dict[str, int
 def test_ordered_batches_are_the_same_on_1_to_256_ranks(stream: TokenStream) -> None:
     start = {"consumed": 0, "fingerprint": stream.fingerprint}
     reference, after = global_step(stream, 256, 1, start)
-    for ranks in (2, 4, 8, 16, 32, 64, 128, 256):
+    for ranks in (2, 16, 256):
         assert global_step(stream, 256, ranks, start) == (reference, after)
 
 
