@@ -160,7 +160,11 @@ def _check_parallel(parallel: ParallelConfig) -> None:
 def _check_runtime(runtime: RuntimeConfig) -> None:
     choice("runtime.activation_checkpointing", runtime.activation_checkpointing, ("none", "selective", "full"))
     choice("runtime.device", runtime.device, ("auto", "cpu", "cuda"))
-    choice("runtime.expert_backend", runtime.expert_backend, ("auto", "loop", "grouped_mm", "triton", "quack", "megablocks"))
+    choice(
+        "runtime.expert_backend",
+        runtime.expert_backend,
+        ("auto", "loop", "grouped_mm", "triton", "quack", "megablocks"),
+    )
     require(0 <= runtime.num_threads <= 1024, "runtime.num_threads", "between 0 and 1024", runtime.num_threads)
     require(runtime.loss_chunk_size >= 1, "runtime.loss_chunk_size", "at least 1", runtime.loss_chunk_size)
 

@@ -256,7 +256,7 @@ def _collectives_begun() -> int:
     """How many collectives this process has begun, over all groups; the groups count them."""
     groups = list(distributed_c10d._world.pg_map)
     backends = (group._get_backend(device) for group in groups for device in group._device_types)
-    return sum(backend._get_sequence_number_for_group() for backend in backends)
+    return sum(backend._get_sequence_number_for_group() for backend in backends)  # type: ignore[attr-defined]
 
 
 def _find_echo(error: BaseException | None) -> RuntimeError | None:
