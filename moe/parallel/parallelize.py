@@ -130,8 +130,8 @@ def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, paralle
 
 
 def _mend_empty_share(experts: nn.Module) -> None:
-    """Of a rank left without experts (5 on 4 ranks): FSDP narrows the sharded dimension of an empty parameter to nothing
-    as well, which is not what the other ranks take its shape to be."""
+    """Of a rank left without experts (5 on 4 ranks): FSDP narrows the sharded dimension of an empty parameter to
+    nothing as well, which is not what the other ranks take its shape to be."""
     assert isinstance(experts, FSDPModule)
     group = experts._get_fsdp_state()._fsdp_param_group
     for parameter in group.fsdp_params if group else ():

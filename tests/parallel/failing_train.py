@@ -1,5 +1,5 @@
-"""`failing_train.py PLACE FAULT OVERRIDES...` is train.py with a fault on rank 1, at the second time it comes to the place
-(the first for what happens once)."""
+"""`failing_train.py PLACE FAULT OVERRIDES...` is train.py with a fault on rank 1, at the second time it comes to the
+place (the first for what happens once)."""
 
 from __future__ import annotations
 
