@@ -6,6 +6,8 @@ atomics and no host synchronisation, so that results are bitwise reproducible on
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -77,10 +79,28 @@ def _zero_padding(per_token: Tensor, valid: Tensor | None) -> Tensor:
 def _sum_of_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]: (N, H), (T, K) -> (T, H) in the dtype of rows."""
     if rows.device.type != "cpu":
-        return _sum_of_copied_rows(rows, row_of_slot, weights)
+        return _sum_on_device(rows, row_of_slot, weights)
     # One pass without the (T, K, H) copy, 5 to 10 times faster on the CPU.
     table = rows if weights is None else rows.to(weights.dtype)
     return F.embedding_bag(row_of_slot, table, mode="sum", per_sample_weights=weights).to(rows.dtype)
+
+
+def _sum_on_device(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling() or not _has_triton():
+        return _sum_of_copied_rows(rows, row_of_slot, weights)
+    from moe.kernels.rows import sum_rows  # needs Triton
+
+    return sum_rows(rows, row_of_slot, _all_of(rows), weights)
+
+
+def _all_of(rows: Tensor) -> Tensor:
+    """(1,) int32: their number, for kernels that leave out those of padding."""
+    return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _sum_of_copied_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -118,6 +138,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y, weights, slot_of_row, token_of_row, row_of_slot = ctx.saved_tensors
+        if y.device.type == "cuda" and not torch.compiler.is_compiling() and _has_triton():
+            from moe.kernels.rows import spread_rows  # needs Triton
+
+            return *spread_rows(grad_out.contiguous(), y, row_of_slot, _all_of(y), weights), None, None, None
         grad_rows = grad_out.index_select(0, token_of_row).to(weights.dtype)  # (T, H) -> (T*K, H)
         grad_weights = (grad_rows * y).sum(dim=1)[row_of_slot]  # (T*K,) -> (T, K)
         weight_of_row = weights.flatten()[slot_of_row]

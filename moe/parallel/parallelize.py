@@ -117,9 +117,9 @@ def _shard(model: Transformer, world: World, compute_dtype: torch.dtype, paralle
                     reshard_after_forward=reshard,
                     shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
                 )
+                register_fsdp_forward_method(block.mlp.experts, "route")
                 if world.layout.expert > 1:
-                    register_fsdp_forward_method(block.mlp.experts, "route")
-                _mend_empty_share(block.mlp.experts)
+                    _mend_empty_share(block.mlp.experts)
         fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)
     fully_shard(model, mesh=dense, mp_policy=compute, reshard_after_forward=False, shard_placement_fn=across)
     for module in _fsdp_modules(model):
