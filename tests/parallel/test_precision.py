@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from parallel_helpers import (
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.model import Transformer
+from moe.model.experts import GroupedExperts
 from moe.model.router import Routing, TopKRouter
 from moe.parallel import World, mark_last_micro_batch
 
@@ -69,13 +73,22 @@ def test_blocks_compute_in_bfloat16_and_routers_in_float32(world: World) -> None
     assert {t.dtype for r in routings for t in (r.logits, r.scores, r.weights) if t is not None} == {torch.float32}
 
 
+def recording(experts: GroupedExperts, seen: list[tuple[torch.dtype, ...]]) -> Callable[..., Tensor]:
+    route = experts.route
+
+    def routed(x: Tensor, *args: Any) -> Tensor:
+        out = route(x, *args)
+        seen.append((experts.gate_up_proj.dtype, x.dtype, out.dtype))
+        return out
+
+    return routed
+
+
 def test_experts_compute_in_bfloat16(world: World) -> None:
     model = build_model(config_of("bfloat16"), world)
-    seen = []
+    seen: list[tuple[torch.dtype, ...]] = []
     for block in model.moe_blocks():
-        block.experts.register_forward_hook(
-            lambda m, args, out: seen.append((m.gate_up_proj.dtype, args[0].dtype, out.dtype))
-        )
+        block.experts.route = recording(block.experts, seen)  # type: ignore[method-assign]
     model(ragged_batch().input_ids)
     assert seen == [(torch.bfloat16,) * 3] * 2
 

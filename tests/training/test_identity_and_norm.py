@@ -7,14 +7,11 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from moe.config import load, recipe, run_id
+from moe.parallel import join_world
 from moe.training.optimizer import gradient_norm
-
-
-class OneRank:
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
 
 
 def identity(*overrides: str, world_size: int = 1) -> str:
@@ -37,10 +34,12 @@ def test_losses_pooled_over_a_micro_batch_make_its_size_part_of_the_recipe() -> 
 
 
 def test_gradient_norm_is_exact_on_large_tensors() -> None:
-    model = nn.Linear(2000, 3000, bias=False)
-    model.weight.grad = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(0))
-    expected = model.weight.grad.double().norm().item()
-    assert gradient_norm(model, OneRank()).item() == pytest.approx(expected, rel=1e-6)  # type: ignore[arg-type]
+    gradient = torch.randn(3000, 2000, generator=torch.Generator().manual_seed(0))
+    with join_world("cpu") as world:
+        model = nn.Linear(2000, 3000, bias=False)
+        model.weight = nn.Parameter(distribute_tensor(model.weight, world.dense["shard"], [Shard(0)]))
+        model.weight.grad = distribute_tensor(gradient, world.dense["shard"], [Shard(0)])
+        assert gradient_norm(model, world).item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
 
 
 def test_difference_names_dotted_keys() -> None:
