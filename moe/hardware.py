@@ -23,6 +23,10 @@ class GPU(NamedTuple):
     network_bandwidth: float
     """GB/s to other nodes in one direction: an InfiniBand port a GPU, 400 Gbit/s (A100, A800, L40S: 200; 4090: 100)."""
 
+    @property
+    def is_hopper(self) -> bool:
+        return self.device_name.startswith("H")
+
 
 GPUS = {
     "b200": GPU("B200", 2250.0, 75.0, 178.0, 8000.0, 900.0, 50.0),

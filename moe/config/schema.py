@@ -176,7 +176,7 @@ class RuntimeConfig:
     num_threads: int = 0
     """CPU threads of torch; 0: torch's own choice."""
     expert_backend: str = "auto"
-    """auto, loop, grouped_mm or megablocks: who computes the experts."""
+    """auto, loop, grouped_mm, triton, quack or megablocks: who computes the experts."""
     compile: bool = False
     """torch.compile of the parts whose shapes are static; token dispatch stays outside."""
     activation_checkpointing: str = "none"

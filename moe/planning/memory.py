@@ -117,8 +117,8 @@ def block_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> d
     rows = layer_rows(model, layout, step)
     return parts | {
         "router": router_bytes(model, layout, step),
-        "rows": row_bytes(model, rows, step),
-        "expert hidden": swiglu_bytes(rows, model.moe_intermediate_size, step),
+        "rows": row_bytes(model, rows, layout, step),
+        "expert hidden": expert_hidden_bytes(model, rows, step),
         "shared experts": shared_expert_bytes(model, layout, step),
     }
 
@@ -152,9 +152,22 @@ def router_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
     return tokens * (FLOAT32 * (model.hidden_size + 3 * model.n_routed_experts + 1) + chosen + 1)
 
 
-def row_bytes(model: ModelConfig, rows: int, step: Step) -> int:
-    """Rows into and out of the routed experts (R, H), three permutations and the gate weights (R,)."""
-    return rows * (2 * model.hidden_size * step.compute_bytes + 3 * INT64 + FLOAT32)
+def is_one_operator(layout: Layout, step: Step) -> bool:
+    """Whether gathering and summing rows are part of the experts' operator: not where rows travel between."""
+    return step.fused_experts and layout.expert == 1
+
+
+def row_bytes(model: ModelConfig, rows: int, layout: Layout, step: Step) -> int:
+    """Rows into and out of the routed experts (R, H), unless one operator does it all; three permutations and the gate
+    weights (R,)."""
+    tensors = 0 if is_one_operator(layout, step) else 2
+    return rows * (tensors * model.hidden_size * step.compute_bytes + 3 * INT64 + FLOAT32)
+
+
+def expert_hidden_bytes(model: ModelConfig, rows: int, step: Step) -> int:
+    """gate and up alone where they are fused, else those of a SwiGLU."""
+    width = int(model.moe_intermediate_size)
+    return 2 * rows * width * step.compute_bytes if step.fused_experts else swiglu_bytes(rows, width, step)
 
 
 def swiglu_bytes(rows: int, width: float, step: Step) -> int:
@@ -215,9 +228,10 @@ def kept_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> di
     rows = layer_rows(model, layout, step)
     sent = own * model.num_experts_per_tok
     exchanged = rows + sent if layout.expert > 1 else 0
+    results = own if is_one_operator(layout, step) else rows
     return parts | {
         "router": FLOAT32 * own * model.n_routed_experts if model.routing == "learned" else 0,
-        "rows": (rows + exchanged) * hidden * step.compute_bytes,
+        "rows": (results + exchanged) * hidden * step.compute_bytes,
         "expert hidden": 2 * rows * int(model.moe_intermediate_size) * step.compute_bytes,
         "shared experts": mlp(model.n_shared_experts * model.moe_intermediate_size) if model.n_shared_experts else 0,
     }
@@ -248,7 +262,8 @@ def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: 
     """The block's activations where they are recomputed; of a mixture, the gradients of its rows.
 
     Those are two products of the combine, float32, and the result in the compute dtype, (R, H) each; compiled, which
-    dispatches between ranks are not, the result alone and the gradient of the experts' hidden values. An upper bound:
+    dispatches between ranks are not, the result alone and the gradient of the experts' hidden values; of experts that
+    are one operator the widest alone, since the hidden values give their memory to their gradient. An upper bound:
     what lies after the combine (shared experts, statistics) is freed before.
     """
     whole = sum(block_bytes(model, layer, layout, step).values())
@@ -257,7 +272,9 @@ def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: 
     if not model.is_moe_layer(layer):
         return recomputed
     width = model.hidden_size * (2 * FLOAT32 + step.compute_bytes)
-    if step.kernels == "compiled" and layout.expert == layout.tensor == 1:
+    if is_one_operator(layout, step):
+        width = max(model.hidden_size, int(model.moe_intermediate_size)) * step.compute_bytes
+    elif step.kernels == "compiled" and layout.expert == layout.tensor == 1:
         width = (model.hidden_size + int(model.moe_intermediate_size)) * step.compute_bytes
     return recomputed + layer_rows(model, layout, step) * width
 

@@ -59,7 +59,7 @@ def ranked(config: Config, fixed: set[str], world_size: int, cluster: Cluster) -
     best: dict[Layout, Candidate] = {}
     for layout in _layouts(config, fixed, world_size, model, cluster):
         for option in _options(config, fixed, layout):
-            step = step_of(option, layout)
+            step = step_of(option, layout, cluster.gpu)
             needed = memory(model, layout, step)
             found = Candidate(option, layout, step, needed, step_seconds(model, layout, step, cluster))
             if layout not in best or _order(found, cluster) < _order(best[layout], cluster):

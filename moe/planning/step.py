@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moe.config import Config
+from moe.hardware import GPU
+from moe.kernels.experts import FUSED
 from moe.parallel import Layout
 
 FLOAT32 = 4
@@ -25,6 +27,8 @@ class Step(NamedTuple):
     reshard: bool
     kernels: str
     """What computes between the matrix products: operations on a CPU (`cpu`), on CUDA (`eager`), or `compiled` ones."""
+    fused_experts: bool = False
+    """Whether the routed experts are one operator (`moe.kernels.fused`), which keeps no more than gate and up."""
 
     @property
     def tokens(self) -> int:
@@ -32,8 +36,8 @@ class Step(NamedTuple):
         return self.sequences * self.seq_len
 
 
-def step_of(config: Config, layout: Layout) -> Step:
-    """A step of `config`, its global batch cut as train.py cuts it."""
+def step_of(config: Config, layout: Layout, gpu: GPU | None = None) -> Step:
+    """A step of `config`, its global batch cut as train.py cuts it; `gpu` decides what an expert backend of auto is."""
     train, runtime = config.train, config.runtime
     is_left_to_compiler = runtime.compile and runtime.activation_checkpointing == "selective"
     return Step(
@@ -46,4 +50,14 @@ def step_of(config: Config, layout: Layout) -> Step:
         recompute="none" if is_left_to_compiler else runtime.activation_checkpointing,
         reshard=config.parallel.reshard,
         kernels="cpu" if runtime.device == "cpu" else "compiled" if runtime.compile else "eager",
+        fused_experts=_are_experts_fused(config, gpu),
     )
+
+
+def _are_experts_fused(config: Config, gpu: GPU | None) -> bool:
+    backend = config.runtime.expert_backend
+    if backend != "auto":
+        return backend in FUSED
+    if gpu is None or config.runtime.device == "cpu":
+        return False
+    return gpu.is_hopper and config.train.compute_dtype == "bfloat16"
