@@ -57,7 +57,8 @@ def resolve(parallel: ParallelConfig, world_size: int, model: ModelConfig, seq_l
     problem = "" if layout is None else find_problem(layout, model, seq_len)
     if layout is not None and not problem:
         return layout
-    asked = ", ".join(f"parallel.{axis}={getattr(parallel, axis)}" for axis in (*AXES, "expert"))
+    degrees = {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
+    asked = ", ".join(f"parallel.{axis}={'null' if n is None else n}" for axis, n in degrees.items())
     reason = problem or f"{asked} do not multiply to {world_size} ranks"
     raise ConfigError(f"{reason}; {_choices(parallel, world_size, model, seq_len)}")
 
