@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import pkgutil
+import runpy
 import signal
 import sys
 import threading
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402
 from data.errors import DataError  # noqa: E402
 
 Function = Callable[..., Any]
@@ -94,4 +95,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "1":
         spoil(place, FAULTS[fault])
     del sys.argv[1:3]
-    train.main()
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -39,6 +39,7 @@ from moe.training.signals import StopSignal
 from moe.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 STEPS, SWITCH_AT = 24, 4
 FEW = {"n_routed_experts": 5, "num_experts_per_tok": 3, "n_device_groups": 3}
 SMALL = [
@@ -304,6 +305,15 @@ def check_session(folder: Path, cache: Path, before: Layout, after: Layout) -> N
         dist.barrier()
     if dist.get_rank() == 0:
         compare_rows(rows_of(folder / "undisturbed"), rows_of(folder / "switched"))
+
+
+def write_corpus(folder: Path) -> None:
+    """A few kilobytes of the bundled corpus, prepared by the first run that wants it."""
+    for language in ("en", "zh"):
+        lines = (ROOT / "data" / "sample" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+        rows = [{**json.loads(line), "source": "all"} for line in lines]
+        text = "".join(json.dumps({**row, "text": row["text"][:600]}, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{language}.jsonl").write_text(text, encoding="utf-8")
 
 
 def run_session(world: World, folder: Path, cache: Path, stop_at: int | None) -> None:

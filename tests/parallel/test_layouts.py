@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,13 +16,13 @@ from layout_world import (
     check_session,
     check_states,
     check_steps,
+    write_corpus,
 )
 from parallel_helpers import SEQUENCES
 from worlds import Outcomes, Scenario, play
 
 from moe.parallel import Layout
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZE = 4
 HASHED = {
     "routing": "hash",
@@ -137,15 +136,6 @@ def long_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def played(scenarios: dict[str, Scenario], folder: Path) -> Outcomes:
     write_corpus(folder)
     return play(scenarios, folder, WORLD_SIZE, patience=1200)
-
-
-def write_corpus(folder: Path) -> None:
-    """A few kilobytes of the bundled corpus, prepared by the first run that wants it."""
-    for language in ("en", "zh"):
-        lines = (ROOT / "data" / "sample" / f"{language}.jsonl").read_text(encoding="utf-8").splitlines()[:60]
-        rows = [{**json.loads(line), "source": "all"} for line in lines]
-        text = "".join(json.dumps({**row, "text": row["text"][:600]}, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{language}.jsonl").write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", CASES)
