@@ -93,7 +93,7 @@ def text_of(value: object, field: str = "text") -> str:
 def language_of(value: object, field: str = "lang") -> str:
     """`value` when it is a language tag, else RowProblem."""
     if not isinstance(value, str) or not LANGUAGE.fullmatch(value):
-        raise RowProblem(f"`{field}` must be a language tag such as en, zh or zh-hant")
+        raise RowProblem(f"`{field}` must be a language tag such as en, or the source must name its language")
     return value
 
 

@@ -162,6 +162,15 @@ def queue(folder: Path, script: str, snapshot: bool) -> str:
     if not shutil.which("sbatch"):
         raise NotQueued("sbatch is not on the PATH: run this on a login node, or see the script with --dry-run")
     folder.mkdir(parents=True)
+    try:
+        return submit(folder, script, snapshot)
+    except NotQueued:
+        shutil.rmtree(folder)
+        raise
+
+
+def submit(folder: Path, script: str, snapshot: bool) -> str:
+    """Fill the new folder and call sbatch; the job's number. Raises NotQueued."""
     if snapshot:
         copy_code(folder / "code")
     path = folder / "job.sbatch"

@@ -43,6 +43,9 @@ def split_tensors(model: Transformer, world: World) -> None:
             if isinstance(module, MLP):
                 plan |= {f"layers.{index}.{name}{part}": style for part, style in _mlp_plan().items()}
     parallelize_module(model, mesh, plan, src_data_rank=None)
+    if model.embed_tokens is not None:
+        # still on its way, and as such without a gradient in a compiled region; the copy waits for it
+        model.embed_tokens.register_forward_hook(lambda module, ids, hidden: hidden.clone())
     model.own_tokens = lambda tokens: _own_part(tokens, world)
     if model.lm_head is not None:
         _split_head(model.lm_head, mesh)

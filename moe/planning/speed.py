@@ -159,7 +159,9 @@ def exchange_seconds(term: Traffic, layout: Layout, cluster: Cluster) -> float:
         linked = term.wire_bytes
         sent = term.wire_bytes * ranks / (ranks - 1) * (nodes - 1) / nodes / inside
     slower = max(linked / gpu.link_bandwidth if inside > 1 else 0.0, sent / gpu.network_bandwidth)
-    return slower / (GIGA * cluster.attained.network) + term.calls * cluster.attained.call_seconds
+    attained = cluster.attained
+    call_seconds = attained.split_call_seconds if term.axis == "tensor" else attained.call_seconds
+    return slower / (GIGA * attained.network) + term.calls * call_seconds
 
 
 def _stride(axis: str, layout: Layout) -> int:

@@ -75,6 +75,7 @@ def cases() -> dict[str, Scenario]:
         add(check_first_step, layout, "pooled balance", seq_aux=False)
         add(check_first_step, layout, "none shared", n_shared_experts=0, scoring_func="sigmoid", norm_topk_prob=True)
         add(check_first_step, layout, "loop", runtime={"expert_backend": "loop"})
+    add(check_first_step, Layout(tensor=2), "compiled", runtime={"compile": True})
     split = Layout(shard=2, tensor=2)
     add(check_first_step, split, "recomputed", parts=2, runtime={"activation_checkpointing": "full"})
     add(check_first_step, split, "partly recomputed", runtime={"activation_checkpointing": "selective"})
