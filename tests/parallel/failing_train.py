@@ -36,6 +36,8 @@ def hang() -> None:
     threading.Event().wait()
 
 
+ONCE = ("start", "loader", "end")
+"""Places that a short run comes to once."""
 FAULTS = {"kill": kill, "fail": fail, "hang": hang}
 
 PLACES = {
@@ -55,7 +57,7 @@ PLACES = {
 def spoil(place: str, fault: Callable[[], None]) -> None:
     name, attribute = PLACES[place]
     owner = pkgutil.resolve_name(name)
-    times = itertools.count(1 if place in ("start", "end") else 0)
+    times = itertools.count(1 if place in ONCE else 0)
     replaced: Function = getattr(owner, attribute)
     replacement: Function = {"backward": spoiled_backward, "data_worker": bereft}.get(place, spoiled)
     setattr(owner, attribute, replacement(replaced, lambda: fault() if next(times) == 1 else None))

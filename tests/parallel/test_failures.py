@@ -48,7 +48,7 @@ def first_rank_of(place: str, fault: str, corpus: Path, folder: Path) -> tuple[i
     settings = ["checkpoint.interval=2", f"parallel.timeout={TIMEOUT}", f"output_dir={folder}", "train.steps=6"]
     settings += ["train.eval_interval=2", f"data.cache_dir={corpus}", "runtime.num_threads=1"]
     if place == "data_worker":
-        settings += ["data.mode=text", "data.workers=1"]
+        settings += ["data.mode=text", "data.workers=1", "data.streams=4"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,6 +75,6 @@ def test_a_rank_killed_in_the_middle_of_a_backward_pass(corpus: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "fault"), CASES, ids="-".join)
+@pytest.mark.parametrize(("place", "fault"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_rank_lost_anywhere(place: str, fault: str, corpus: Path, tmp_path: Path) -> None:
     check(place, fault, corpus, tmp_path)
