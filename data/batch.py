@@ -18,7 +18,7 @@ class Sequences:
     """B sequences of one source each, as read: L inputs and the token behind the last one.
 
     Attributes:
-        tokens: (B, L + 1) int64; what lies behind `lengths + 1` tokens is padding.
+        tokens: (B, L + 1), integers of any width; what lies behind `lengths + 1` tokens is padding.
         starts: (B, L + 1) bool, tokens that open a document.
         lengths: (B,) inputs in a sequence, L or fewer.
         ends: (B, L) bool, inputs without a label, or None: each input is labelled by the token behind it.
@@ -31,16 +31,6 @@ class Sequences:
     languages: np.ndarray
     sources: np.ndarray
     ends: np.ndarray | None = None
-
-    def split(self, count: int) -> list[Sequences]:
-        """Parts of `count` sequences each, which share this one's memory."""
-
-        def part(cut: slice) -> Sequences:
-            ends = None if self.ends is None else self.ends[cut]
-            where = self.languages[cut], self.sources[cut]
-            return Sequences(self.tokens[cut], self.starts[cut], self.lengths[cut], *where, ends)
-
-        return [part(slice(first, first + count)) for first in range(0, len(self.tokens), count)]
 
 
 @dataclass(frozen=True)
@@ -86,8 +76,9 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which copies to a GPU can overlap with its work."""
-        return self._map(Tensor.pin_memory)
+        """The same batch in page-locked memory, from which copies to a GPU can overlap with its work: those of views,
+        as inputs and labels are, could not."""
+        return self._map(lambda tensor: tensor.contiguous().pin_memory())
 
     def num_labels(self) -> Tensor:
         """Number of labels to predict, a scalar int64 on the batch's device."""
@@ -98,36 +89,35 @@ class Batch:
         return Batch(*(None if tensor is None else move(tensor) for tensor in tensors))  # type: ignore[arg-type]
 
 
-def assemble(sequences: Sequences, *, mask_documents: bool, padding_id: int) -> Batch:
-    """Tensors of B sequences. With `mask_documents` no label crosses a document's start and positions restart."""
+def assemble(sequences: Sequences, size: int, *, mask_documents: bool, padding_id: int) -> list[Batch]:
+    """Tensors of B sequences in batches of `size`, which share memory: making many at once costs less for each.
+
+    With `mask_documents` no label crosses a document's start and positions restart.
+    """
     seq_len = sequences.tokens.shape[1] - 1
-    input_ids, labels = sequences.tokens[:, :-1], sequences.tokens[:, 1:]  # views of the same memory
+    tokens, starts = sequences.tokens.astype(np.int64), sequences.starts[:, :-1]
+    input_ids, labels = tokens[:, :-1], tokens[:, 1:]  # views of the same memory
     is_padded = bool((sequences.lengths < seq_len).any())
     if mask_documents or sequences.ends is not None or is_padded:
-        input_ids, labels = input_ids.copy(), labels.copy()
-    starts = np.ascontiguousarray(sequences.starts[:, :-1])
+        labels = labels.copy()
     valid = np.ones(input_ids.shape, dtype=np.bool_)
     if is_padded:
         valid = np.arange(seq_len) < sequences.lengths[:, None]
         input_ids[~valid] = padding_id
         labels[~valid] = IGNORE_INDEX
-        starts &= valid
+        starts = starts & valid
     if sequences.ends is not None:
         labels[sequences.ends] = IGNORE_INDEX
-    position_ids = cu_seqlens = None
     if mask_documents:
         labels[sequences.starts[:, 1:]] = IGNORE_INDEX
-        position_ids, cu_seqlens = (torch.from_numpy(array) for array in document_spans(starts, sequences.lengths))
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        valid=torch.from_numpy(valid),
-        document_starts=torch.from_numpy(starts),
-        row_languages=torch.from_numpy(sequences.languages.astype(np.int64)),
-        row_sources=torch.from_numpy(sequences.sources.astype(np.int64)),
-        position_ids=position_ids,
-        cu_seqlens=cu_seqlens,
-    )
+    where = sequences.languages.astype(np.int64), sequences.sources.astype(np.int64)
+    arrays = (input_ids, labels, valid, starts, *where)
+    parts = zip(*(torch.from_numpy(array).split(size) for array in arrays), strict=True)
+    if not mask_documents:
+        return [Batch(*part) for part in parts]
+    cuts = [slice(first, first + size) for first in range(0, len(tokens), size)]
+    spans = (document_spans(starts[cut], sequences.lengths[cut]) for cut in cuts)
+    return [Batch(*part, *map(torch.from_numpy, span)) for part, span in zip(parts, spans, strict=True)]
 
 
 def document_spans(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

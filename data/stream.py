@@ -60,9 +60,9 @@ class Stream:
         languages = [text.languages.index(text.language_of[name]) for name in text.sources]
         self.source_languages = np.array(languages)
 
-    def assemble(self, sequences: Sequences) -> Batch:
-        """The batch of sequences as they were read."""
-        return assemble(sequences, mask_documents=self.spec.mask_documents, padding_id=self.text.eos_id)
+    def assemble(self, sequences: Sequences, size: int) -> list[Batch]:
+        """Batches of `size` of the sequences, as they were read."""
+        return assemble(sequences, size, mask_documents=self.spec.mask_documents, padding_id=self.text.eos_id)
 
     def num_validation_rows(self, source: str) -> int:
         """Rows that cover the source's held-out tokens, the last one padded."""
@@ -84,7 +84,8 @@ class Stream:
             tokens[row, : end - begin] = held_out.tokens(begin, end)
             starts[row, : end - begin] = held_out.document_starts(begin, end)
         place = np.full(count, self.text.sources.index(source))
-        return self.assemble(Sequences(tokens, starts, lengths, self.source_languages[place], place))
+        (batch,) = self.assemble(Sequences(tokens, starts, lengths, self.source_languages[place], place), count)
+        return batch
 
 
 def require_sources(key: str, names: Iterable[str], text: Text) -> None:

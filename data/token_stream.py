@@ -29,7 +29,7 @@ from data.spec import StreamSpec
 from data.stream import Stream
 
 PLANS = "packing"
-LOCATED_AT_ONCE = 2048
+LOCATED_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TokenStream(Stream):
     def batches(self, indices: np.ndarray | Sequence[int], size: int) -> list[Batch]:
         """As `batch`, in batches of `size` sequences; reading many at once costs less for each."""
         source, _, row = self._locate(np.asarray(indices, dtype=np.int64))
-        return [self.assemble(part) for part in self.sequences(source, row).split(size)]
+        return self.assemble(self.sequences(source, row), size)
 
     def place(self, index: int) -> Place:
         """Where training sequence `index` comes from."""
@@ -121,7 +121,7 @@ class TokenStream(Stream):
     def sequences(self, source: np.ndarray, row: np.ndarray) -> Sequences:
         """Rows as they are stored; `source` (B,) are places in the mixture's sources."""
         shape = (len(row), self.seq_len + 1)
-        tokens = np.empty(shape, dtype=np.int64)
+        tokens = np.empty(shape, dtype=self.corpus.manifest.dtype)
         starts = np.zeros(shape, dtype=np.bool_)
         lengths = np.full(len(row), self.seq_len, dtype=np.int64)
         ends = np.zeros((len(row), self.seq_len), dtype=np.bool_) if self.spec.packing == "best_fit" else None

@@ -147,21 +147,17 @@ class TextLoader:
     def _step(self, consumed: int, next_turn: Callable[[], Turn]) -> Step:
         size = self._sizes.size_at(consumed)
         turns = [next_turn() for _ in range(size // self._stream.corpus.streams)]
-        tokens = np.concatenate([turn.tokens for turn in turns])
-        starts = np.concatenate([turn.starts for turn in turns])
-        sources = np.concatenate([turn.sources for turn in turns])
-        parts = [
-            slice(first, first + self._micro_batch_size) for first in range(0, len(tokens), self._micro_batch_size)
-        ]
-        batches = [self._batch(tokens[part], starts[part], sources[part]) for part in parts]
+        batches = self._stream.assemble(self._sequences(turns), self._micro_batch_size)
         if self._pin_memory:
             batches = [batch.pin_memory() for batch in batches]
         return size, batches, np.concatenate([turn.moves for turn in turns])
 
-    def _batch(self, tokens: np.ndarray, starts: np.ndarray, sources: np.ndarray) -> Batch:
+    def _sequences(self, turns: list[Turn]) -> Sequences:
+        tokens = np.concatenate([turn.tokens for turn in turns])
+        starts = np.concatenate([turn.starts for turn in turns])
+        sources = np.concatenate([turn.sources for turn in turns])
         lengths = np.full(len(tokens), self._stream.seq_len, dtype=np.int64)
-        languages = self._stream.source_languages[sources]
-        return self._stream.assemble(Sequences(tokens.astype(np.int64), starts, lengths, languages, sources))
+        return Sequences(tokens, starts, lengths, self._stream.source_languages[sources], sources)
 
     def _note(self, row: BadRow) -> None:
         self.bad_rows[row.source] += 1
