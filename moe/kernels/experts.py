@@ -30,6 +30,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if _is_installed(name))
 
 
+@torch.compiler.assume_constant_result  # compiled code need not look again
 def _is_installed(backend: str) -> bool:
     if backend == "megablocks":
         return megablocks.is_installed()

@@ -92,33 +92,15 @@ def _rows(x: Tensor, weights: Tensor | None, slot_of_row: Tensor | None, ends: T
 
 
 @experts.register_fake
-def _(
-    x: Tensor,
-    weights: Tensor | None,
-    slot_of_row: Tensor | None,
-    row_of_slot: Tensor | None,
-    ends: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    products: str,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weights: Tensor | None, slot_of_row: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    w1 = rest[2]
     num_rows = x.shape[0] if slot_of_row is None else slot_of_row.shape[0]
     return torch.empty_like(x), x.new_empty(num_rows, 2 * w1.shape[2])
 
 
 @experts_backward.register_fake
-def _(
-    dy: Tensor,
-    h: Tensor,
-    x: Tensor,
-    weights: Tensor | None,
-    slot_of_row: Tensor | None,
-    row_of_slot: Tensor | None,
-    ends: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    products: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, h: Tensor, x: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w1, w2 = rest[3:5]
     dweights = x.new_empty(0, dtype=torch.float32) if weights is None else torch.empty_like(weights)
     return torch.empty_like(x), dweights, torch.empty_like(w1), torch.empty_like(w2)
 

@@ -2,7 +2,8 @@
 CuTe for Hopper, with the gather and SwiGLU inside in both passes.
 
 What QuACK chooses without tuning is not the fastest for fine experts, and its tuner waits for the device, so the tiles
-are fixed here, by operation. QuACK interleaves gate and up in h, and takes stacked weights as they are ("concat").
+are fixed here, by operation: the fastest of 366 tried at three shapes (docs/performance.md). QuACK interleaves gate and
+up in h, and takes stacked weights as they are ("concat").
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from moe.kernels.rows import Rows
 
 LONG = 2048
-"""Reductions of at least this length hide a tile's epilogue without a second tile at work (pingpong)."""
+"""Reductions of at least this length hide the activation without a second tile at work (pingpong)."""
 
 
 def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,9 +28,10 @@ def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
     width = w1.shape[2]
     h, a = x.new_empty(rows.total, 2 * width), x.new_empty(rows.total, width)
     if rows.total:
+        tile = _tile(128, 224) if x.shape[1] >= LONG else _tile(128, 192, pingpong=True)
         _quack().gated(
-            x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=_bounds(rows), A_idx=rows.token,
-            config=_tile(128, 192, pingpong=True), concat_layout=("B",),
+            x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=_bounds(rows), A_idx=rows.token, config=tile,
+            concat_layout=("B",),
         )  # fmt: skip
     return h, a
 
@@ -38,7 +40,7 @@ def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     """a (N, I) by w2 (E, H, I) -> (N, H)."""
     y = a.new_empty(rows.total, w2.shape[1])
     if rows.total:
-        _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=_tile(128, 256))
+        _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=_tile(128, 192, pingpong=True))
     return y
 
 
@@ -50,9 +52,12 @@ def down_backward(dy: Tensor, rows: Rows, w2: Tensor, h: Tensor) -> tuple[Tensor
     weighted, bounds = rows.weight is not None, _bounds(rows)
     dweight = _quack().gated_backward(
         dy, w2, h, h, a, colvec_scale=rows.weight, colvec_reduce=weighted, cu_seqlens_m=bounds, A_idx=rows.token,
-        dynamic_scheduler=False, config=_tile(256, 128),
+        dynamic_scheduler=False, config=_tile(128, 128, pingpong=True),
     )  # fmt: skip
-    _quack().plain(dy.T, a, dw2, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(128, 256))
+    _quack().plain(
+        dy.T, a, dw2, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 160, shared=None),
+        batch_idx_permute=_heaviest_first(bounds),
+    )  # fmt: skip
     return dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw2
 
 
@@ -61,19 +66,25 @@ def up_backward(dh: Tensor, x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, 
     dx, dw1 = x.new_empty(rows.total, x.shape[1]), torch.empty_like(w1)
     if not rows.total:
         return dx, dw1.zero_()
-    bounds, stacked = _bounds(rows), w1.flatten(1, 2)
+    bounds = _bounds(rows)
     _quack().plain(
-        x.T, dh, dw1.flatten(1, 2).mT, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 192),
-        concat_layout=("out",),
+        x.T, dh, dw1.flatten(1, 2).mT, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 160, band=2),
+        concat_layout=("out",), batch_idx_permute=_heaviest_first(bounds),
     )  # fmt: skip
-    tile = _tile(128, 256) if stacked.shape[1] >= LONG else _tile(128, 192, pingpong=True)
-    _quack().plain(dh, stacked, dx, cu_seqlens_m=bounds, config=tile, concat_layout=("B",))
+    tile = _tile(192, 128, pingpong=True, shared="rows")
+    _quack().plain(dh, w1.flatten(1, 2), dx, cu_seqlens_m=bounds, config=tile, concat_layout=("B",))
     return dx, dw1
 
 
 def _bounds(rows: Rows) -> Tensor:
     """(E + 1,) int32."""
     return F.pad(rows.ends, (1, 0))
+
+
+def _heaviest_first(bounds: Tensor) -> Tensor:
+    """(E,) int32: experts by their load. A weight gradient's tiles take as long as their expert has rows, and are dealt
+    to the multiprocessors in turn: so each gets about as much, however uneven the load."""
+    return bounds.diff().argsort(descending=True).to(torch.int32)
 
 
 @functools.cache
@@ -87,9 +98,16 @@ def _quack() -> SimpleNamespace:
 
 
 @functools.cache
-def _tile(rows: int, columns: int, pingpong: bool = False) -> Any:
-    """Two thread blocks share each load of the second operand."""
+def _tile(rows: int, columns: int, pingpong: bool = False, shared: str | None = "columns", band: int = 8) -> Any:
+    """Two thread blocks share each load of the second operand ("columns"), of the first ("rows"), or none; tiles are
+    taken in bands of `band`."""
     config: Any = importlib.import_module("quack.gemm_config")
     return config.GemmConfig(
-        tile_m=rows, tile_n=columns, pingpong=pingpong, cluster_m=2, cluster_n=1, is_dynamic_persistent=False
+        tile_m=rows,
+        tile_n=columns,
+        pingpong=pingpong,
+        cluster_m=1 + (shared == "columns"),
+        cluster_n=1 + (shared == "rows"),
+        max_swizzle_size=band,
+        is_dynamic_persistent=False,
     )

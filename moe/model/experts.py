@@ -62,7 +62,7 @@ class GroupedExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Equation 9 without the residual: shared experts on every token plus the chosen ones, gated."""
+    """Equation 9: the residual stream plus the shared experts on every token plus the chosen ones, gated."""
 
     def __init__(self, config: ModelConfig, num_languages: int, backend: str) -> None:
         super().__init__()
@@ -76,25 +76,29 @@ class MoE(nn.Module):
         shared_width = config.n_shared_experts * int(config.moe_intermediate_size)
         self.shared_experts = MLP(config.hidden_size, shared_width) if shared_width else None
 
-    def forward(self, x: Tensor, tokens: Tokens, kept: KeptChoice | None = None) -> tuple[Tensor, RoutingStats]:
-        """(B, T, H) -> (B, T, H) and the layer's statistics; `kept` is given where this may be recomputed."""
+    def forward(
+        self, x: Tensor, residual: Tensor, tokens: Tokens, kept: KeptChoice | None = None
+    ) -> tuple[Tensor, RoutingStats]:
+        """(B, T, H) hidden states and the residual stream -> the stream behind this layer, and the layer's statistics;
+        `kept` is given where this may be recomputed."""
         flat, valid = x.flatten(0, 1), tokens.valid.flatten()
         routing = self.gate(flat, tokens.input_ids.flatten(), kept)
         if self.dispatcher is None:
-            y, shared = self.routed(flat, routing, valid), self.shared(x)
+            y = self.mix(x, residual, routing, valid)
         else:
             sent = self.dispatcher.dispatch(flat, routing, valid, kept)
             shared = self.shared(x)  # while the rows travel
-            y = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), routing, sent)
-        y = y.view_as(x)
-        return y if shared is None else y + shared, self.statistics(routing, tokens)
+            routed = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), routing, sent)
+            y = residual + _sum(routed.view_as(x), shared)
+        return y, self.statistics(routing, tokens)
 
-    def routed(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
-        """(N, H) -> (N, H): the gated sum of the chosen routed experts, all of them here; zero where not `valid` (N,).
+    def mix(self, x: Tensor, residual: Tensor, routing: Routing, valid: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H), all experts here; tokens that are not `valid` (B T,) meet the shared ones alone.
 
         One function without data-dependent shapes, so that it compiles as a whole.
         """
-        return self.experts.route(x, routing, valid)
+        routed = self.experts.route(x.flatten(0, 1), routing, valid).view_as(x)
+        return residual + _sum(routed, self.shared(x))
 
     def shared(self, x: Tensor) -> Tensor | None:
         """The shared experts' output, where there are any."""
@@ -102,6 +106,10 @@ class MoE(nn.Module):
 
     def statistics(self, routing: Routing, tokens: Tokens) -> RoutingStats:
         return routing_stats(routing, tokens, self.num_languages, self.config, self.pool)
+
+
+def _sum(routed: Tensor, shared: Tensor | None) -> Tensor:
+    return routed if shared is None else routed + shared
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ class Block(nn.Module):
         with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
             x, normed = self.attend(x, cos, sin, cache, mask)
         if isinstance(self.mlp, MoE):
-            y, stats = self.mlp(normed, tokens, kept)
-            return x + y, stats
+            stream, stats = self.mlp(normed, x, tokens, kept)
+            return stream, stats
         return x + self.mlp(normed), None
 
     def attend(

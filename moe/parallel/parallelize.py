@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe.config.schema import ParallelConfig, RuntimeConfig
+from moe.kernels.experts import FUSED
 from moe.model import Block, MoE, Transformer
 from moe.model.experts import local
 from moe.model.router import TopKRouter
@@ -83,13 +84,15 @@ def _compile(model: Transformer, world: World, compute_dtype: torch.dtype) -> No
 def _compile_mixture(mixture: MoE, world: World, compute_dtype: torch.dtype) -> None:
     if isinstance(mixture.gate, TopKRouter):
         mixture.gate.score = torch.compile(mixture.gate.score)  # type: ignore[method-assign]
-    if mixture.experts.backend == "grouped_mm" and compute_dtype == torch.bfloat16:  # torch traces it in no other dtype
-        if _are_experts_apart(world):
-            mixture.experts.forward = torch.compile(mixture.experts.forward, dynamic=True)  # type: ignore[method-assign]
-        else:
-            mixture.routed = torch.compile(mixture.routed)  # type: ignore[method-assign]
     if mixture.config.seq_aux and world.layout.tensor == 1:  # elsewhere they may all-reduce
         mixture.statistics = torch.compile(mixture.statistics)  # type: ignore[method-assign]
+    # torch traces its grouped product in no other dtype
+    is_traceable = mixture.experts.backend in ("grouped_mm", *FUSED) and compute_dtype == torch.bfloat16
+    if is_traceable and not _are_experts_apart(world):
+        mixture.mix = torch.compile(mixture.mix)  # type: ignore[method-assign]
+        return
+    if is_traceable and mixture.experts.backend == "grouped_mm":
+        mixture.experts.forward = torch.compile(mixture.experts.forward, dynamic=True)  # type: ignore[method-assign]
     if mixture.shared_experts is not None:
         mixture.shared_experts.compile()
 

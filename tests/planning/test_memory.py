@@ -150,8 +150,7 @@ def test_compiled_blocks_keep_what_the_partitioner_leaves(monkeypatch: pytest.Mo
         assert isinstance(block, Block)
         block.attend = compiler(block.attend)  # type: ignore[method-assign]
         if isinstance(block.mlp, MoE):
-            block.mlp.routed = compiler(block.mlp.routed)  # type: ignore[method-assign]
-            block.mlp.shared_experts = compiler(block.mlp.shared_experts)
+            block.mlp.mix = compiler(block.mlp.mix)  # type: ignore[method-assign]
         else:
             block.mlp = compiler(block.mlp)
     step = step_of(torch.bfloat16, kernels="compiled")
