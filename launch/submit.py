@@ -71,11 +71,10 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     require(options.gpus_per_node >= 0, "--gpus-per-node", "at least 0", options.gpus_per_node)
     config = compose(options.overrides)
     tasks = options.tasks_per_node or options.gpus_per_node or 1
-    layout = resolve(config.parallel, options.nodes * tasks, config.model.build(), config.data.seq_len)
-    micro_batches = count_micro_batches(config, layout)
+    layout = resolve(config, options.nodes * tasks)
     folder = Path(config.output_dir, "jobs", f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}").absolute()
     facts = describe(config, layout, options.nodes, tasks) | {
-        "micro_batches_per_step": micro_batches,
+        "micro_batches_per_step": config.train.global_batch_size // (config.train.micro_batch_size * layout.data),
         "warnings": straddling(layout, options.nodes, tasks),
         "folder": str(folder),
         "log": str(folder / "slurm-%j.log"),
@@ -98,23 +97,6 @@ def describe(config: Config, layout: Layout, nodes: int, tasks_per_node: int) ->
         "steps": train.steps,
         "tokens_per_step": tokens_per_step,
     }
-
-
-def count_micro_batches(config: Config, layout: Layout) -> int:
-    """Micro-batches a rank and full step. Raises ConfigError when a batch, in full or on the ramp, does not divide."""
-    train = config.train
-    together = train.micro_batch_size * layout.data
-    sizes = {
-        "train.batch_ramp": [size for _, size in train.batch_ramp],
-        "train.global_batch_size": [train.global_batch_size],
-    }
-    for key, values in sizes.items():
-        for size in values:
-            allowed = (
-                f"a multiple of train.micro_batch_size={train.micro_batch_size} times {layout.data} data-parallel ranks"
-            )
-            require(size % together == 0, key, allowed, size)
-    return train.global_batch_size // together
 
 
 def straddling(layout: Layout, nodes: int, tasks_per_node: int) -> list[str]:

@@ -64,7 +64,8 @@ def plan(overrides: Sequence[str]) -> dict[str, Any]:
     model, train = config.model.build(), config.train
     flops = model.flops_per_token(config.data.seq_len)
     real = weight_bytes(model, best.layout, best.config.runtime)
-    assert real == best.memory.state["master weights"], "the formula of moe.planning.shards is not what is built"
+    if real != best.memory.state["master weights"]:
+        raise RuntimeError("the formula of moe.planning.shards is not what is built")
     return {
         "name": config.name,
         "gpus": gpus,

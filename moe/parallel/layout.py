@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moe.config import ConfigError, ModelConfig
-from moe.config.schema import ParallelConfig
+from moe.config.schema import Config, ParallelConfig, TrainConfig
 
 AXES = ("replicate", "shard", "tensor")
 _MOST_LISTED = 8
@@ -47,20 +47,25 @@ class Layout:
         return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
 
 
-def resolve(parallel: ParallelConfig, world_size: int, model: ModelConfig, seq_len: int) -> Layout:
+def resolve(config: Config, world_size: int) -> Layout:
     """The layout of a run on `world_size` ranks; an axis left null takes what the others leave.
 
     Raises:
-        ConfigError: the degrees do not fit the ranks or the model; it lists some that do.
+        ConfigError: the degrees do not fit the ranks, the model or the batch; it lists some that do.
     """
-    layout = _fill(parallel, world_size)
-    problem = "" if layout is None else find_problem(layout, model, seq_len)
+    model, seq_len, asked = config.model.build(), config.data.seq_len, _asked(config.parallel)
+    layout = _fill(config.parallel, world_size)
+    if layout is None:
+        degrees = ", ".join(f"parallel.{axis}={'null' if n is None else n}" for axis, n in asked.items())
+        problem = f"{degrees} do not multiply to {world_size} ranks"
+    else:
+        problem = find_problem(layout, model, seq_len) or find_batch_problem(layout, config.train)
     if layout is not None and not problem:
         return layout
-    degrees = {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
-    asked = ", ".join(f"parallel.{axis}={'null' if n is None else n}" for axis, n in degrees.items())
-    reason = problem or f"{asked} do not multiply to {world_size} ranks"
-    raise ConfigError(f"{reason}; {_choices(parallel, world_size, model, seq_len)}")
+    legal = list(legal_layouts(world_size, model, seq_len))
+    suiting = [layout for layout in legal if not find_batch_problem(layout, config.train)]
+    condition = "" if suiting else "with batches that divide, "
+    raise ConfigError(f"{problem}; {condition}on {world_size} ranks these can run: {_list(suiting or legal, asked)}")
 
 
 def find_problem(layout: Layout, model: ModelConfig, seq_len: int) -> str:
@@ -98,6 +103,19 @@ def find_problem(layout: Layout, model: ModelConfig, seq_len: int) -> str:
     return ""
 
 
+def find_batch_problem(layout: Layout, train: TrainConfig) -> str:
+    """Why the global batches cannot be cut under `layout`, naming the key; an empty text when they can."""
+    sizes = [("train.global_batch_size", train.global_batch_size)]
+    sizes += [("train.batch_ramp", size) for _, size in train.batch_ramp]
+    for key, size in sizes:
+        if size % (train.micro_batch_size * layout.data):
+            return (
+                f"{key} must be a multiple of train.micro_batch_size={train.micro_batch_size} times "
+                f"{layout.data} data-parallel ranks, not {size}"
+            )
+    return ""
+
+
 def legal_layouts(world_size: int, model: ModelConfig, seq_len: int) -> Iterator[Layout]:
     """Every layout of `world_size` ranks that the model can run under, those with few splits first."""
     for tensor in _divisors(world_size):
@@ -128,15 +146,17 @@ def _fill(parallel: ParallelConfig, world_size: int) -> Layout | None:
     return layout if layout.world_size == world_size else None
 
 
-def _choices(parallel: ParallelConfig, world_size: int, model: ModelConfig, seq_len: int) -> str:
-    """Legal layouts, those first that keep most of what was asked for."""
-    asked = {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
+def _asked(parallel: ParallelConfig) -> dict[str, int | None]:
+    return {axis: getattr(parallel, axis) for axis in (*AXES, "expert")}
+
+
+def _list(legal: list[Layout], asked: dict[str, int | None]) -> str:
+    """Those first that keep most of what was asked for."""
 
     def kept(layout: Layout) -> int:
         return sum(getattr(layout, axis) == degree for axis, degree in asked.items() if degree is not None)
 
-    found = sorted(legal_layouts(world_size, model, seq_len), key=kept, reverse=True)[:_MOST_LISTED]
-    return f"on {world_size} ranks these can run: " + "; ".join(map(str, found))
+    return "; ".join(map(str, sorted(legal, key=kept, reverse=True)[:_MOST_LISTED]))
 
 
 def _divisors(number: int) -> list[int]:

@@ -88,7 +88,7 @@ def _layouts(config: Config, fixed: set[str], world_size: int, model: ModelConfi
         and ("tensor" in degrees or layout.tensor <= cluster.gpus_per_node)
     ]
     # says what is wrong, and what would be right
-    return found or [resolve(config.parallel, world_size, model, config.data.seq_len)]
+    return found or [resolve(config, world_size)]
 
 
 def _options(config: Config, fixed: set[str], layout: Layout) -> Iterator[Config]:

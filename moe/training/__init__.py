@@ -14,7 +14,7 @@ import torch
 from data.errors import DataError, complaint
 from moe.checkpoint import CheckpointError
 from moe.config import Config, ConfigError
-from moe.parallel import EXIT_PEER_FAILED, Layout, PeerFailure, choose_device, join_world, resolve
+from moe.parallel import EXIT_PEER_FAILED, PeerFailure, choose_device, join_world, resolve
 from moe.telemetry import MetricsError
 from moe.training.guard import NumericalAbort
 from moe.training.run_lock import RunFolderBusy
@@ -58,13 +58,9 @@ def _run(config: Config, command: Sequence[str]) -> bool:
     stop = StopSignal(choose_device(config.runtime.device), world_size)
     with (
         stop.listening(),
-        join_world(config.runtime.device, partial(_layout, config), config.parallel.timeout) as world,
+        join_world(config.runtime.device, partial(resolve, config), config.parallel.timeout) as world,
     ):
         return Session(config, world, stop, command).execute()
-
-
-def _layout(config: Config, world_size: int) -> Layout:
-    return resolve(config.parallel, world_size, config.model.build(), config.data.seq_len)
 
 
 def require_repeatable_kernels() -> None:

@@ -68,12 +68,6 @@ class Session:
 
     def _build_loader(self) -> Loader:
         train, world = self.config.train, self.world
-        for size in self.batch_sizes.sizes:
-            if size % (train.micro_batch_size * world.layout.data):
-                raise ConfigError(
-                    f"train.global_batch_size must be a multiple of train.micro_batch_size={train.micro_batch_size} "
-                    f"times the {world.layout.data} data-parallel ranks, not {size}"
-                )
         return open_loader(
             self.stream,
             self.batch_sizes,

@@ -39,7 +39,10 @@ BAD = [
     (["parallel.expert=3"], "parallel.expert=3 does not divide shard x tensor = 8"),
     (["parallel.shard=3", "parallel.replicate=1"], "do not multiply to 8 ranks"),
     ([], "train.global_batch_size must be a multiple of train.micro_batch_size=4 times 8 data-parallel ranks, not 4"),
-    (["--gpus-per-node", "1", "train.batch_ramp=[[5,4]]", "--nodes", "2"], "train.batch_ramp must be a multiple"),
+    (
+        ["--gpus-per-node", "2", "train.global_batch_size=8", "train.batch_ramp=[[5,4]]"],
+        "train.batch_ramp must be a multiple",
+    ),
     (["--nodes", "0"], "--nodes must be at least 1, not 0"),
     (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 0, not -1"),
 ]
