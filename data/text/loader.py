@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -182,6 +183,8 @@ class _Ahead:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(consumed,), name="text-loader", daemon=True)
         self._thread.start()
+        # the end of the interpreter would tear the thread from torch's code, which aborts the process
+        atexit.register(self.close)
 
     def next_step(self) -> Step:
         step = self._steps.get()  # the thread ends with an error in the queue, or when it is told to
@@ -190,6 +193,7 @@ class _Ahead:
         return step
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._stopped.set()
         self._turns.close()
         with suppress(Empty):  # the thread may wait for room

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -416,6 +418,19 @@ def test_open_files_do_not_grow(stream: TextStream) -> None:
         next(loader)
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # one may be open just now
     loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_nobody_closes_ends_before_the_interpreter(
+    stream: TextStream, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    next(TextLoader(stream, STREAMS, STREAMS, workers=workers))
+    assert "text-loader" in {thread.name for thread in threading.enumerate()}
+    for end in at_exit:
+        end()
+    assert not {thread.name for thread in threading.enumerate()} & {"text-loader", "data worker 0", "data worker 1"}
 
 
 def test_a_state_must_fit(stream: TextStream, folder: Path) -> None:
