@@ -147,9 +147,9 @@ def _call(command: Sequence[str], environment: dict[str, str], timeout: float = 
         if isinstance(problem, subprocess.TimeoutExpired):
             raise Failure(f"no answer within {timeout:.0f} s") from problem
         raise
-    if process.returncode < 0:
-        raise Failure(f"was killed by signal {-process.returncode}")
     if process.returncode:
+        code = process.returncode
+        ended = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         lines = [line for line in error.splitlines() if line.strip()]
-        raise Failure(lines[-1][:300] if lines else f"ended with code {process.returncode}")
+        raise Failure(f"{ended}: {lines[-1][:300]}" if lines else ended)
     return out

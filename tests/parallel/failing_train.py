@@ -1,5 +1,5 @@
 """`failing_train.py PLACE FAULT OVERRIDES...` is train.py with a fault on rank 1, at the second time it comes to the
-place (the first for what happens once)."""
+place (the first for what happens once). When that is, is written to the file $FAULT_AT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,13 @@ def spoil(place: str, fault: Callable[[], None]) -> None:
     times = itertools.count(1 if place in ONCE else 0)
     replaced: Function = getattr(owner, attribute)
     replacement: Function = {"backward": spoiled_backward, "data_worker": bereft}.get(place, spoiled)
-    setattr(owner, attribute, replacement(replaced, lambda: fault() if next(times) == 1 else None))
+
+    def act() -> None:
+        if next(times) == 1:
+            Path(os.environ["FAULT_AT"]).write_text(str(time.time()), encoding="utf-8")
+            fault()
+
+    setattr(owner, attribute, replacement(replaced, act))
 
 
 def spoiled(function: Function, fault: Callable[[], None]) -> Function:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from moe.config import Config, compose
 from moe.model import Transformer, initialise
 from moe.model.init import _begins
 from moe.parallel import Layout, World, build_world, local, mark_last_micro_batch, sum_token_gradients
+from moe.training.evaluation import evaluate
 from moe.training.optimizer import clip_gradients, gradient_norm
 from moe.training.session import Session
 from moe.training.signals import StopSignal
@@ -41,7 +43,7 @@ from moe.training.trainer import Trainer
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SWITCH_AT = 24, 4
-FEW = {"n_routed_experts": 5, "num_experts_per_tok": 3, "n_device_groups": 3}
+FEW: dict[str, Any] = {"n_routed_experts": 5, "num_experts_per_tok": 3, "n_device_groups": 3}
 SMALL = [
     "model.hidden_size=32",
     "model.num_attention_heads=4",
@@ -116,27 +118,84 @@ def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]
         assert error < tolerance, f"{name}: off by {error:.1e} of its norm"
 
 
+class FirstStep(NamedTuple):
+    """What one process makes of `ragged_batch()`."""
+
+    terms: tuple[Tensor, Tensor]
+    norm: Tensor
+    gradients: dict[str, Tensor]
+    clipped: dict[str, Tensor]
+
+
+def expected_first_step(options: dict[str, Any]) -> FirstStep:
+    return _first_step(json.dumps(options, sort_keys=True))
+
+
+@cache
+def _first_step(options: str) -> FirstStep:
+    config = config_of(**json.loads(options))
+    model = build_model(config, alone())
+    terms = one_step(alone(), model, config, ragged_batch(), 1)
+    norm, before = gradient_norm(model, alone()), copied(gradients(model))
+    clip_gradients(model, norm, 0.1)
+    return FirstStep(terms, norm, before, copied(gradients(model)))
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 def check_first_step(
     layout: Layout, parts: int = 1, runtime: dict[str, Any] | None = None, reshard: bool = False, **model: Any
 ) -> None:
     config = config_of(runtime=runtime, **model)
     config.parallel.reshard = reshard
-    lone, world, batch = alone(), world_of(layout), ragged_batch()
+    world, batch, expected = world_of(layout), ragged_batch(), expected_first_step(model)
     if world is None:
         return
-    expected_model = build_model(config_of(**model), lone)
-    expected = one_step(lone, expected_model, config_of(), batch, 1)
     shared = build_model(config, world)
     found = one_step(world, shared, config, batch, parts)
-    for name, value, reference in zip(("cross-entropy", "balance"), found, expected, strict=True):
+    for name, value, reference in zip(("cross-entropy", "balance"), found, expected.terms, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
-    all_gradients = gradients(expected_model)
-    assert_gradients_close(gradients(shared), all_gradients, 1e-5)
-    norm, reference = gradient_norm(shared, world), gradient_norm(expected_model, lone)
-    torch.testing.assert_close(norm, reference, rtol=1e-5, atol=0)
-    for each, each_norm in ((shared, norm), (expected_model, reference)):
-        clip_gradients(each, each_norm, 0.1)
-    assert_gradients_close(gradients(shared), gradients(expected_model), 1e-5)
+    assert_gradients_close(gradients(shared), expected.gradients, 1e-5)
+    norm = gradient_norm(shared, world)
+    torch.testing.assert_close(norm, expected.norm, rtol=1e-5, atol=0)
+    clip_gradients(shared, norm, 0.1)
+    assert_gradients_close(gradients(shared), expected.clipped, 1e-5)
+
+
+class Steps(NamedTuple):
+    """What one process makes of a row of steps."""
+
+    sums: list[list[Tensor]]
+    """Of each step."""
+    chosen: list[list[Tensor]]
+    """The experts that each layer's router chose in each step."""
+    counts: Tensor
+    buffers: dict[str, Tensor]
+
+
+def expected_steps(steps: int, options: dict[str, Any]) -> Steps:
+    return _steps(steps, json.dumps(options, sort_keys=True))
+
+
+@cache
+def _steps(steps: int, options: str) -> Steps:
+    trainer = build_trainer(config_of(**json.loads(options)), alone())
+    sums: list[list[Tensor]] = []
+    chosen: list[list[Tensor]] = []
+    for mixture in trainer.mixtures:
+        mixture.gate.choose = partial(_recording, mixture.gate.choose, chosen)  # type: ignore[union-attr]
+    for step in range(steps):
+        chosen.append([])
+        trainer.step(step, [ragged_batch(step)])
+        sums.append([tensor.clone() for tensor in sums_of(trainer)])
+    return Steps(sums, chosen, trainer.sums.counts.clone(), copied(dict(trainer.model.named_buffers())))
+
+
+def _recording(choose: Callable[[Tensor], Tensor], chosen: list[list[Tensor]], log_scores: Tensor) -> Tensor:
+    chosen[-1].append(choose(log_scores))
+    return chosen[-1][-1]
 
 
 def check_steps(layout: Layout, steps: int = 20, parts: int = 1, replay: bool = False, **model: Any) -> None:
@@ -145,23 +204,20 @@ def check_steps(layout: Layout, steps: int = 20, parts: int = 1, replay: bool = 
     With `replay` the layout is told which experts one process chose: a tie that rounding decides otherwise then changes
     nothing.
     """
-    config = config_of(**model)
-    lone, world = alone(), world_of(layout)
+    expected, world = expected_steps(steps, model), world_of(layout)
     if world is None:
         return
-    expected, shared = build_trainer(config, lone), build_trainer(config, world)
-    replayed = Replay(expected, shared, world, parts) if replay else None
+    trainer = build_trainer(config_of(**model), world)
+    replayed = Replay(expected, trainer, world, parts) if replay else None
     for step in range(steps):
-        batch = ragged_batch(step)
-        expected.step(step, [batch])
         if replayed:
-            replayed.rewind()
-        shared.step(step, split(share(batch, world), parts))
-        for ours, theirs in zip(sums_of(shared), sums_of(expected), strict=True):
+            replayed.begin(step)
+        trainer.step(step, split(share(ragged_batch(step), world), parts))
+        for ours, theirs in zip(sums_of(trainer), expected.sums[step], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
-    assert torch.equal(shared.sums.counts, expected.sums.counts)
-    for (name, ours), (_, theirs) in zip(shared.model.named_buffers(), expected.model.named_buffers(), strict=True):
-        assert torch.equal(ours, theirs), name
+    assert torch.equal(trainer.sums.counts, expected.counts)
+    for name, buffer in trainer.model.named_buffers():
+        assert torch.equal(buffer, expected.buffers[name]), name
 
 
 def sums_of(trainer: Trainer) -> list[Tensor]:
@@ -171,29 +227,15 @@ def sums_of(trainer: Trainer) -> list[Tensor]:
 
 
 class Replay:
-    """Has the routers of one trainer repeat the choices of another, for the rows and tokens that each rank has."""
+    """Has the routers of a trainer repeat the choices of one process, for the rows and tokens that each rank has."""
 
-    def __init__(self, source: Trainer, target: Trainer, world: World, parts: int) -> None:
-        self.world, self.parts = world, parts
-        self.chosen: list[Tensor] = []
-        self.calls = [0] * len(source.mixtures)
-        for layer, (record, repeat) in enumerate(zip(source.mixtures, target.mixtures, strict=True)):
-            self._record(record.gate, layer)
-            repeat.gate.choose = partial(self._repeat, layer)  # type: ignore[union-attr]
-            self.chosen.append(torch.empty(0))
+    def __init__(self, source: Steps, target: Trainer, world: World, parts: int) -> None:
+        self.source, self.world, self.parts = source, world, parts
+        for layer, mixture in enumerate(target.mixtures):
+            mixture.gate.choose = partial(self._repeat, layer)  # type: ignore[union-attr]
 
-    def rewind(self) -> None:
-        """Before a step."""
-        self.calls = [0] * len(self.calls)
-
-    def _record(self, gate: Any, layer: int) -> None:
-        choose = gate.choose
-
-        def recording(log_scores: Tensor) -> Tensor:
-            self.chosen[layer] = choose(log_scores)
-            return self.chosen[layer]
-
-        gate.choose = recording
+    def begin(self, step: int) -> None:
+        self.chosen, self.calls = self.source.chosen[step], [0] * len(self.source.chosen[step])
 
     def _repeat(self, layer: int, log_scores: Tensor) -> Tensor:
         own = self.chosen[layer].view(SEQUENCES, LENGTH, -1).chunk(self.world.layout.data)[self.world.data_rank]
@@ -222,42 +264,42 @@ def check_loads(layout: Layout, load: str) -> None:
     assert_gradients_close(gradients(models[1]), gradients(models[0]), 1e-5)
 
 
-def check_states(folder: Path, saved: Layout, loaded: list[Layout]) -> None:
+def check_states(folder: Path, saved: Layout, loaded: list[Layout], experts: int = 5) -> None:
     """What a layout saves is found again, to the bit, by every other: weights, moments, biases; experts tell their
     numbers."""
     if world_of(saved) is not None:
-        trainer, manager = stateful(saved, folder)
+        trainer, manager = stateful(saved, folder, experts)
         mark(trainer)
         manager.save(1, trainer.state_tensors(), {})
         manager.wait()
     dist.barrier()
     for layout in loaded:
         if world_of(layout) is not None:
-            trainer, manager = stateful(layout, folder)
+            trainer, manager = stateful(layout, folder, experts)
             wipe(trainer)
             assert manager.load(trainer.state_tensors())
-            assert list(differing(state(trainer), marked_state())) == [], str(layout)
+            assert list(differing(state(trainer), marked_state(experts))) == [], str(layout)
             check_experts(trainer.model)
         dist.barrier()
 
 
-def stateful(layout: Layout, folder: Path) -> tuple[Trainer, CheckpointManager]:
+def stateful(layout: Layout, folder: Path, experts: int) -> tuple[Trainer, CheckpointManager]:
     world = world_of(layout)
     assert world is not None
-    return trainer_of(layout), CheckpointManager(folder, process_group=world.group)
+    return trainer_of(layout, experts), CheckpointManager(folder, process_group=world.group)
 
 
 @cache
-def trainer_of(layout: Layout) -> Trainer:
+def trainer_of(layout: Layout, experts: int) -> Trainer:
     world = world_of(layout)
     assert world is not None
-    return build_trainer(config_of(**FEW), world)
+    return build_trainer(config_of(**FEW | {"n_routed_experts": experts}), world)
 
 
 @cache
-def marked_state() -> dict[str, Tensor]:
+def marked_state(experts: int) -> dict[str, Tensor]:
     """As one process has it."""
-    trainer = build_trainer(config_of(**FEW), alone())
+    trainer = build_trainer(config_of(**FEW | {"n_routed_experts": experts}), alone())
     mark(trainer)
     return state(trainer)
 
@@ -290,21 +332,86 @@ def check_experts(model: Transformer) -> None:
     for mixture in model.moe_blocks():
         for parameter in mixture.experts.parameters():
             means = full(parameter).flatten(1).mean(dim=1)
-            assert torch.allclose(means, 10.0 * torch.arange(5), atol=1.0), means
+            assert torch.allclose(means, 10.0 * torch.arange(len(means)), atol=1.0), means
 
 
 def check_session(folder: Path, cache: Path, before: Layout, after: Layout) -> None:
     """A run that changes its layout in the middle goes on with the same data, and with gradients and losses as if it
     had not."""
-    lone = alone()
+    expected: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     if dist.get_rank() == 0:
-        run_session(lone, folder / "undisturbed", cache, stop_at=None)
-    for world, stop_at in ((world_of(before), SWITCH_AT), (world_of(after), None)):
+        run_session(alone(), folder / "undisturbed", cache, None, expected)
+    for world, stop_at, switched in ((world_of(before), SWITCH_AT, {}), (world_of(after), None, found)):
         if world is not None:
-            run_session(world, folder / "switched", cache, stop_at)
+            run_session(world, folder / "switched", cache, stop_at, switched)
         dist.barrier()
     if dist.get_rank() == 0:
+        assert_gradients_close(found, expected, 1e-5)
         compare_rows(rows_of(folder / "undisturbed"), rows_of(folder / "switched"))
+
+
+def check_validation(folder: Path, cache: Path, layout: Layout) -> None:
+    """The loss of held-out text, and its bits per byte in each language, are those of one process."""
+    world, expected = world_of(layout), expected_validation(folder / "alone", cache)
+    if world is not None:
+        assert validation(world, folder / str(layout), cache) == pytest.approx(expected, rel=1e-5)
+
+
+@cache
+def expected_validation(folder: Path, cache: Path) -> dict[str, float]:
+    return validation(alone(), folder, cache)
+
+
+def validation(world: World, folder: Path, cache: Path) -> dict[str, float]:
+    session = session_of(world, folder, cache)
+    session.loader.close()
+    session.model.eval()
+    return _numbers(evaluate(session.model, session.stream, 1, world, lambda: False))
+
+
+def _numbers(nested: Any, prefix: str = "") -> dict[str, float]:
+    if not isinstance(nested, dict):
+        return {prefix: nested}
+    return {name: n for key, part in nested.items() for name, n in _numbers(part, f"{prefix}/{key}").items()}
+
+
+def check_device_groups(folder: Path, cache: Path, layout: Layout) -> None:
+    """Only groups that are not the ranks' are warned of, and only where they are balanced."""
+    world, told = world_of(layout), []
+    assert world is not None
+    for groups, alpha in ((3, 0.1), (layout.expert, 0.1), (3, 0.0)):
+        overrides = [f"model.n_device_groups={groups}", f"model.device_aux_loss_alpha={alpha}"]
+        session = session_of(world, folder, cache, *overrides)
+        session.log.message = told.append  # type: ignore[method-assign]
+        session._warn_of_device_groups()
+        session.loader.close()
+    (warning,) = told
+    assert "n_device_groups=3 groups of experts, not that of the parallel.expert=" in warning
+
+
+def check_host_copies(layout: Layout) -> None:
+    """A step waits for the device once a dispatch, for the sizes of its exchange, and for nothing else."""
+    world = world_of(layout)
+    if world is None:
+        return
+    model, batch, copies = build_model(config_of(), world), ragged_batch(), []
+    one_step(world, model, config_of(), batch, 1)  # what happens once is behind us
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(Tensor, name, _counted(getattr(Tensor, name), name, copies))
+        mark_last_micro_batch(model, True)
+        loss = sum(step_terms(model, share(batch, world), 64, 64), torch.zeros(()))
+        loss.backward()
+    assert copies == ["tolist"] * len(model.moe_blocks())
+
+
+def _counted(method: Any, name: str, calls: list[str]) -> Any:
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(name)
+        return method(*arguments, **options)
+
+    return counting
 
 
 def write_corpus(folder: Path) -> None:
@@ -316,13 +423,24 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{language}.jsonl").write_text(text, encoding="utf-8")
 
 
-def run_session(world: World, folder: Path, cache: Path, stop_at: int | None) -> None:
-    """Train a small model, stopping as a signal would after `stop_at` steps."""
+def session_of(world: World, folder: Path, cache: Path, *overrides: str) -> Session:
+    """A run of a small model."""
     sources = [f"data.sources.{language}.path={cache}/{language}.jsonl" for language in ("en", "zh")]
-    config = compose([*SMALL, *sources, f"output_dir={folder}", f"data.cache_dir={cache}"])
-    stop = StopSignal(CPU, world.size)
-    session = Session(config, world, stop, ["test"])
-    stop.agreed = lambda: session.step == stop_at  # type: ignore[method-assign]
+    config = compose([*SMALL, *sources, f"output_dir={folder}", f"data.cache_dir={cache}", *overrides])
+    return Session(config, world, StopSignal(CPU, world.size), ["test"])
+
+
+def run_session(world: World, folder: Path, cache: Path, stop_at: int | None, switched: dict[str, Tensor]) -> None:
+    """Train, stopping as a signal would after `stop_at` steps; `switched` takes the clipped gradients of the step after
+    SWITCH_AT."""
+    session = session_of(world, folder, cache)
+
+    def record(*_: object) -> None:
+        if session.step == SWITCH_AT:
+            switched.update(gradients(session.model))
+
+    session.trainer.optimizer.register_step_pre_hook(record)
+    session.stop.agreed = lambda: session.step == stop_at  # type: ignore[method-assign]
     assert session.execute() == (stop_at is None)
 
 

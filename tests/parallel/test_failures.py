@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def start(rank: int, port: int, arguments: list[str], folder: Path) -> subproces
     """As srun starts a rank: with nobody who ends the others."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     environment = os.environ | {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    environment["FAULT_AT"] = str(folder / "fault")
     with (folder / f"{rank}.err").open("wb") as errors:
         command = [sys.executable, str(SCRIPT), *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
@@ -57,6 +59,8 @@ def first_rank_of(place: str, fault: str, corpus: Path, folder: Path) -> tuple[i
     processes = [start(rank, port, [*arguments, *sources, *settings], folder) for rank in range(2)]
     try:
         code = processes[0].wait(LIMIT)
+        took = time.time() - float((folder / "fault").read_text(encoding="utf-8"))
+        print(f"{place}, {fault}: {took:.1f} s")  # pytest -rP shows it
     finally:
         for process in processes:
             process.kill()

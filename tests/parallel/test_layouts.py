@@ -11,11 +11,14 @@ import pytest
 from layout_world import (
     FEW,
     LAYOUTS,
+    check_device_groups,
     check_first_step,
+    check_host_copies,
     check_loads,
     check_session,
     check_states,
     check_steps,
+    check_validation,
     write_corpus,
 )
 from parallel_helpers import SEQUENCES
@@ -70,6 +73,7 @@ def cases() -> dict[str, Scenario]:
         add(check_first_step, layout, "resharded", parts=parts, reshard=True)
         for load in ("one rank", "all but one"):
             add(check_loads, layout, f"tokens to {load}", load=load)
+        add(check_host_copies, layout, "one copy to the host a dispatch")
     for layout in (Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=2)):
         add(check_first_step, layout, "hashed", **HASHED)
         add(check_first_step, layout, "pooled balance", seq_aux=False)
@@ -95,6 +99,18 @@ def play_states(number: int, rank: int, folder: Path) -> None:
     check_states(folder / f"saved-{number}", SAVED[number], SAVED)
 
 
+def play_states_of_eight(saved: Layout, loaded: Layout, rank: int, folder: Path) -> None:
+    check_states(folder / f"{saved} to {loaded}", saved, [loaded], experts=63)
+
+
+def play_validation(layout: Layout, rank: int, folder: Path) -> None:
+    check_validation(folder / f"validation {rank}", folder, layout)
+
+
+def play_device_groups(layout: Layout, rank: int, folder: Path) -> None:
+    check_device_groups(folder / "groups", folder, layout)
+
+
 def play_session(before: Layout, after: Layout, rank: int, folder: Path) -> None:
     check_session(folder / f"{before} to {after}", folder, before, after)
 
@@ -103,7 +119,7 @@ def replays() -> dict[str, Scenario]:
     options = {"steps": 50, "replay": True}
     return {
         str(layout): partial(play_case, check_steps, (layout,), options | {"parts": accumulated(layout)})
-        for layout in EXPERT_LAYOUTS
+        for layout in LAYOUTS
     }
 
 
@@ -113,6 +129,8 @@ def sessions(changes: list[tuple[Layout, Layout]]) -> dict[str, Scenario]:
 
 CASES = cases()
 REPLAYS = replays()
+VALIDATIONS = {f"{layout}, validation": partial(play_validation, layout) for layout in LAYOUTS}
+GROUPS = {"device groups": partial(play_device_groups, Layout(shard=4, expert=4))}
 STATES = {f"saved as {layout}": partial(play_states, number) for number, layout in enumerate(SAVED)}
 SESSIONS = sessions([(Layout(shard=4), Layout(shard=2, tensor=2, expert=4))])
 MORE_SESSIONS = sessions(
@@ -122,11 +140,17 @@ MORE_SESSIONS = sessions(
         (Layout(), Layout(shard=4, expert=2)),
     ]
 )
+EIGHT = [Layout(shard=8, expert=8), Layout(replicate=2, shard=2, tensor=2, expert=4)]
+STATES_OF_EIGHT = {
+    f"{saved} to {loaded}": partial(play_states_of_eight, saved, loaded)
+    for layout in EIGHT
+    for saved, loaded in ((Layout(), layout), (layout, Layout()))
+}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return played(CASES | STATES | SESSIONS, tmp_path_factory.mktemp("world"))
+    return played(CASES | VALIDATIONS | GROUPS | STATES | SESSIONS, tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +165,16 @@ def played(scenarios: dict[str, Scenario], folder: Path) -> Outcomes:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_layout_trains_what_one_process_trains(outcomes: Outcomes, case: str) -> None:
+    assert outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.parametrize("case", VALIDATIONS)
+def test_a_layout_validates_as_one_process_does(outcomes: Outcomes, case: str) -> None:
+    assert outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_device_groups_that_are_not_the_ranks_are_warned_of(outcomes: Outcomes, case: str) -> None:
     assert outcomes[case] == [""] * WORLD_SIZE
 
 
@@ -164,3 +198,8 @@ def test_a_run_may_change_its_layout(outcomes: Outcomes, case: str) -> None:
 @pytest.mark.parametrize("case", MORE_SESSIONS)
 def test_a_run_may_change_to_any_layout(long_outcomes: Outcomes, case: str) -> None:
     assert long_outcomes[case] == [""] * WORLD_SIZE
+
+
+@pytest.mark.slow
+def test_one_process_and_eight_read_what_the_others_saved(tmp_path: Path) -> None:
+    assert play(STATES_OF_EIGHT, tmp_path, 8, patience=1200) == {case: [""] * 8 for case in STATES_OF_EIGHT}

@@ -1,0 +1,237 @@
+"""Time whole optimizer steps of a configuration and show where the time goes: python -m benchmarks.train_step.
+
+    python -m benchmarks.train_step --profile -- +experiment=moe_2b train.global_batch_size=32 train.micro_batch_size=32
+    python -m benchmarks.train_step --compare runtime.expert_backend=triton,grouped_mm -- +experiment=moe_2b ...
+    python -m benchmarks.train_step --peers transformers -- runtime.device=cpu
+
+Builds the run as `train.py` does, data included, and takes its steps in this process without rows, evaluation and
+checkpoints; peers are fed the same batches. Rounds take turns, so that a machine that slows down slows all. Prints
+tokens a second and MFU of the median step, the allocator's peak on a GPU, and with --profile the GPU's time by kind of
+work and the longest kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.peer_models import MODELS, PlainStep
+from moe.config import ConfigError, compose
+from moe.parallel import join_world, resolve
+from moe.telemetry.hardware import peak_tflops
+from moe.training.session import Session
+from moe.training.signals import StopSignal
+from moe.training.trainer import forbid_sync
+
+WORK = {
+    "expert products": ("quackgemm", "groupproblem", "_up_projection"),
+    "expert rows": ("_sum_rows", "_spread_rows", "_swiglu_backward", "_list_tiles", "indexselect", "vectorized_gather"),
+    "attention": ("fmha", "flash", "sdpa", "cudnn", "attention"),
+    "routing": ("sort", "topk", "scatter"),
+    "optimizer": ("adam", "multi_tensor_apply", "lpnorm"),
+    "weight casts, gradient sums": ("chunk_cat", "copy_kernel", "functor_add<float>", "memcpy dtod", "binary_internal"),
+    "dense products": ("nvjet", "gemm", "cutlass", "cublas", "splitk"),
+    "compiled elementwise": ("triton_",),
+    "copies between host and device": ("memcpy htod", "memcpy dtoh"),
+}
+"""Kinds of work by parts of kernel names; the first that fits."""
+
+
+class Kernel(NamedTuple):
+    name: str
+    milliseconds: float
+    launches: float
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of work that a kernel does."""
+    name = kernel.lower()
+    return next((kind for kind, parts in WORK.items() if any(part in name for part in parts)), "other")
+
+
+class Contestant:
+    """Something that trains, with the times of its steps; `problem` says why it does not."""
+
+    def __init__(self, name: str, overrides: list[str], peer: str | None) -> None:
+        self.name, self.overrides, self.peer = name, overrides, peer
+        self.times: list[float] = []
+        self.kernels: list[Kernel] = []
+        self.peak_gib = 0.0
+        self.problem = ""
+
+    def measure(self, steps: int, warmup: int, profiled: bool) -> None:
+        """Train `warmup` steps, then time `steps`."""
+        if self.problem:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self.config = compose([*self.overrides, f"output_dir={folder}"])
+            try:
+                self._measure(steps, warmup, profiled)
+            except (torch.OutOfMemoryError, ImportError) as error:
+                self.problem = str(error).splitlines()[0][:160]
+        torch.compiler.reset()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _measure(self, steps: int, warmup: int, profiled: bool) -> None:
+        config = self.config
+        stop = StopSignal(torch.device("cpu"), 1)
+        with join_world(config.runtime.device, partial(resolve, config), config.parallel.timeout) as world:
+            session = Session(config, world, stop, ["benchmarks.train_step"])
+            self.model = session.model.config
+            try:
+                step = self._stepper(session)
+                for _ in range(warmup):
+                    step()
+                with forbid_sync(world.device, active=config.runtime.detect_sync):
+                    self.times += _times(step, steps, world.device)
+                if world.device.type == "cuda":
+                    self.peak_gib = torch.cuda.max_memory_allocated() / 2**30
+                if profiled and world.device.type == "cuda":
+                    self.kernels = _profile(step)
+            finally:
+                session.loader.close()
+            self.peak_tflops = config.telemetry.peak_tflops or peak_tflops(world.device, config.train.compute_dtype)
+
+    def _stepper(self, session: Session) -> Callable[[], None]:
+        numbers, device = count(), session.world.device
+        if self.peer is None:
+            return lambda: session.trainer.step(next(numbers), next(session.loader))
+        del session.model, session.trainer, session.rows
+        gc.collect()
+        torch.manual_seed(0)
+        with device:
+            model = MODELS[self.peer](self.model)
+        step = PlainStep(model, self.config, device, self.config.runtime.compile)
+        return lambda: step(next(session.loader))
+
+    def row(self) -> dict[str, Any]:
+        if self.problem:
+            return {"name": self.name, "problem": self.problem}
+        milliseconds = statistics.median(self.times)
+        rate = self.config.train.global_batch_size * self.config.data.seq_len / milliseconds * 1e3
+        tflops = rate * self.model.flops_per_token(self.config.data.seq_len) / 1e12
+        return {
+            "name": self.name,
+            "tokens_per_second": rate,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+            "milliseconds": milliseconds,
+            "fastest": min(self.times),
+            "peak_gib": self.peak_gib,
+            "kernels": [kernel._asdict() for kernel in self.kernels],
+        }
+
+
+def _times(step: Callable[[], None], steps: int, device: torch.device) -> list[float]:
+    """Milliseconds of each step; those of a GPU on its own clock, while the host keeps it supplied."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(steps):
+            step()
+            marks.append(time.perf_counter())
+        return [(end - start) * 1e3 for start, end in pairwise(marks)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    ends[0].record()
+    for end in ends[1:]:
+        step()
+        end.record()
+    while not ends[-1].query():  # waiting for it is not allowed where a step may not wait either
+        time.sleep(0.001)
+    return [start.elapsed_time(end) for start, end in pairwise(ends)]
+
+
+def _profile(step: Callable[[], None], steps: int = 2) -> list[Kernel]:
+    """Kernels of a step, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    found = [
+        Kernel(event.key, event.self_device_time_total / 1e3 / steps, event.count / steps)
+        for event in profiler.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(found, key=lambda kernel: -kernel.milliseconds)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    if "problem" in row:
+        print(f"{row['name']:44} {row['problem']}", flush=True)
+        return
+    mfu = f"{row['mfu']:7.1%}" if row["mfu"] is not None else " " * 7
+    print(
+        f"{row['name']:44} {row['tokens_per_second']:10,.0f} {mfu} {row['milliseconds']:9.1f} {row['fastest']:9.1f} "
+        f"{row['peak_gib']:8.1f}",
+        flush=True,
+    )
+    if row["kernels"]:
+        _print_profile([Kernel(**kernel) for kernel in row["kernels"]], row["milliseconds"])
+
+
+def _print_profile(kernels: list[Kernel], step: float, longest: int = 40) -> None:
+    kinds: dict[str, list[float]] = {}
+    for kernel in kernels:
+        total = kinds.setdefault(kind_of(kernel.name), [0.0, 0.0])
+        total[0] += kernel.milliseconds
+        total[1] += kernel.launches
+    for kind, (milliseconds, launches) in sorted(kinds.items(), key=lambda item: -item[1][0]):
+        print(f"    {milliseconds:9.2f} ms {milliseconds / step:6.1%} {launches:7.0f} x  {kind}")
+    print(f"    {sum(k.milliseconds for k in kernels):9.2f} ms on the GPU of {step:.2f} ms")
+    for kernel in kernels[:longest]:
+        print(f"      {kernel.milliseconds:8.2f} ms {kernel.launches:6.0f} x  {kernel.name[:110]}")
+
+
+def contestants(options: argparse.Namespace) -> list[Contestant]:
+    key, _, values = (options.compare or "").partition("=")
+    variants = [f"{key}={value}" for value in values.split(",")] if options.compare else [""]
+    ours = [Contestant(f"ours {variant}".strip(), [*options.overrides, *variant.split()], None) for variant in variants]
+    return [*ours, *(Contestant(peer, options.overrides, peer) for peer in options.peers)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--compare", metavar="KEY=A,B", help="one row for each value of a key")
+    parser.add_argument("--peers", nargs="+", choices=MODELS, default=[])
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", help="of the configuration, after --")
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"{device}, torch {torch.__version__}\n{' '.join(options.overrides)}")
+    print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)
+    try:
+        all_of_them = contestants(options)
+        for number in range(options.rounds):
+            for contestant in all_of_them:
+                contestant.measure(options.steps, options.warmup, options.profile and number == 0)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 78
+    rows = [contestant.row() for contestant in all_of_them]
+    for row in rows:
+        print_row(row)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
