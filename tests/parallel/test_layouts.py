@@ -160,7 +160,7 @@ def long_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 def played(scenarios: dict[str, Scenario], folder: Path) -> Outcomes:
     write_corpus(folder)
-    return play(scenarios, folder, WORLD_SIZE, patience=1200)
+    return play(scenarios, folder, WORLD_SIZE, patience=1800)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -202,4 +202,4 @@ def test_a_run_may_change_to_any_layout(long_outcomes: Outcomes, case: str) -> N
 
 @pytest.mark.slow
 def test_one_process_and_eight_read_what_the_others_saved(tmp_path: Path) -> None:
-    assert play(STATES_OF_EIGHT, tmp_path, 8, patience=1200) == {case: [""] * 8 for case in STATES_OF_EIGHT}
+    assert play(STATES_OF_EIGHT, tmp_path, 8, patience=1800) == {case: [""] * 8 for case in STATES_OF_EIGHT}

@@ -55,7 +55,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return play(CASES, tmp_path_factory.mktemp("world"), 4, patience=600)
+    return play(CASES, tmp_path_factory.mktemp("world"), 4, patience=1800)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from worlds import Outcomes, play
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     scenarios = {scenario.__name__: scenario for scenario in SCENARIOS}
-    return play(scenarios, tmp_path_factory.mktemp("world"), WORLD_SIZE, patience=240)
+    return play(scenarios, tmp_path_factory.mktemp("world"), WORLD_SIZE, patience=600)
 
 
 @pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
