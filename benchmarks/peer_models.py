@@ -22,7 +22,9 @@ class PlainStep:
         self.dtype = getattr(torch, config.train.compute_dtype)
         self.model = model.train()
         self.run = torch.compile(model) if compiled else model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.1, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.optim.lr, weight_decay=config.optim.weight_decay, fused=True
+        )
 
     def __call__(self, micro_batches: list[Batch]) -> None:
         for batch in micro_batches:

@@ -118,7 +118,9 @@ def play_session(before: Layout, after: Layout, rank: int, folder: Path) -> None
 def replays() -> dict[str, Scenario]:
     options = {"steps": 50, "replay": True}
     return {
-        str(layout): partial(play_case, check_steps, (layout,), options | {"parts": accumulated(layout)})
+        f"{layout}, 50 steps replayed": partial(
+            play_case, check_steps, (layout,), options | {"parts": accumulated(layout)}
+        )
         for layout in LAYOUTS
     }
 
@@ -148,14 +150,18 @@ STATES_OF_EIGHT = {
 }
 
 
+SHORT = CASES | VALIDATIONS | GROUPS | STATES | SESSIONS
+LONG = REPLAYS | MORE_SESSIONS
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return played(CASES | VALIDATIONS | GROUPS | STATES | SESSIONS, tmp_path_factory.mktemp("world"))
+    return played(SHORT, tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def long_outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return played(REPLAYS | MORE_SESSIONS, tmp_path_factory.mktemp("world"))
+    return played(LONG, tmp_path_factory.mktemp("world"))
 
 
 def played(scenarios: dict[str, Scenario], folder: Path) -> Outcomes:
@@ -163,40 +169,14 @@ def played(scenarios: dict[str, Scenario], folder: Path) -> Outcomes:
     return play(scenarios, folder, WORLD_SIZE, patience=1800)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_layout_trains_what_one_process_trains(outcomes: Outcomes, case: str) -> None:
-    assert outcomes[case] == [""] * WORLD_SIZE
-
-
-@pytest.mark.parametrize("case", VALIDATIONS)
-def test_a_layout_validates_as_one_process_does(outcomes: Outcomes, case: str) -> None:
-    assert outcomes[case] == [""] * WORLD_SIZE
-
-
-@pytest.mark.parametrize("case", GROUPS)
-def test_device_groups_that_are_not_the_ranks_are_warned_of(outcomes: Outcomes, case: str) -> None:
-    assert outcomes[case] == [""] * WORLD_SIZE
-
-
-@pytest.mark.parametrize("case", STATES)
-def test_every_layout_reads_what_another_saved(outcomes: Outcomes, case: str) -> None:
+@pytest.mark.parametrize("case", SHORT)
+def test_a_layout_does_what_one_process_does(outcomes: Outcomes, case: str) -> None:
     assert outcomes[case] == [""] * WORLD_SIZE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", REPLAYS)
-def test_with_the_same_choices_fifty_steps_stay_the_same(long_outcomes: Outcomes, case: str) -> None:
-    assert long_outcomes[case] == [""] * WORLD_SIZE
-
-
-@pytest.mark.parametrize("case", SESSIONS)
-def test_a_run_may_change_its_layout(outcomes: Outcomes, case: str) -> None:
-    assert outcomes[case] == [""] * WORLD_SIZE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MORE_SESSIONS)
-def test_a_run_may_change_to_any_layout(long_outcomes: Outcomes, case: str) -> None:
+@pytest.mark.parametrize("case", LONG)
+def test_a_layout_does_what_one_process_does_for_long(long_outcomes: Outcomes, case: str) -> None:
     assert long_outcomes[case] == [""] * WORLD_SIZE
 
 
