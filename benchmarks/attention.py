@@ -1,14 +1,13 @@
 """Time causal attention, forward and backward: python -m benchmarks.attention [--json FILE].
 
-In bfloat16, the median of 20 passes after 5. FLOPs are those of the causal half. The first rows are what `moe.model`
-runs, without and with intra-document masking (documents of an eighth of a row); the others the kernels there are.
-`error` is that of the output over fp64's, beside that of torch's own flash kernel.
+In bfloat16, the median of 20 passes after 5. FLOPs are those of the whole causal half, also where documents, each an
+eighth of a row, leave out most of it. Torch's kernels by name, then the values of `runtime.attention_backend` that are
+installed, as `moe.model` calls them. `error` is the largest of output and gradients against fp64.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -21,14 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import milliseconds
-from moe.model.attention import (
-    ATTENTION_BACKENDS,
-    Documents,
-    Packed,
-    causal_attention,
-    document_mask,
-    packed_attention,
-)
+from moe.kernels.attention import SDPA_ORDER, available_backends, masked_attention, row_attention, span_attention
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values (B, T, heads, D) -> (B, T, heads, D)."""
@@ -45,22 +37,26 @@ class Shape(NamedTuple):
         return 7 * self.sequences * self.heads * self.length**2 * self.head_dim
 
 
+DOCUMENTS_A_ROW = 8
 SHAPES = {"16B, seq 4096": Shape(8, 16, 4096, 128), "2B, seq 2048": Shape(16, 10, 2048, 128)}
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
-        return causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+def rows(backend: str) -> Kernel:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPA_ORDER, set_priority=True):
+            return row_attention(q, k, v, backend)
+
+    return run
 
 
-def ours_in_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    rows, length = q.shape[:2]
-    span = length // 8
-    positions = (torch.arange(length, device=q.device) % span).expand(rows, length)
-    bounds = torch.arange(0, rows * length + 1, span, device=q.device, dtype=torch.int32)
-    mask = document_mask(Documents(positions, bounds, length), q.shape[-1], q.dtype)
-    assert isinstance(mask, Packed)
-    return packed_attention(q, k, v, mask)
+def documents(backend: str) -> Kernel:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        tokens, span = q.shape[0] * q.shape[1], q.shape[1] // DOCUMENTS_A_ROW
+        bounds = torch.arange(0, tokens + 1, span, device=q.device, dtype=torch.int32)
+        parts = (t.flatten(0, 1) for t in (q, k, v))
+        return span_attention(*parts, bounds, q.shape[1], backend).view(q.shape)
+
+    return run
 
 
 def sdpa(backend: SDPBackend) -> Kernel:
@@ -72,18 +68,13 @@ def sdpa(backend: SDPBackend) -> Kernel:
     return run
 
 
-def flash_attention_4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = importlib.import_module("flash_attn.cute").flash_attn_func(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out
-
-
-KERNELS: dict[str, Kernel] = {
-    "ours": ours,
-    "ours, documents": ours_in_documents,
-    "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "FlashAttention-4": flash_attention_4,
-}
+def kernels() -> dict[str, Kernel]:
+    """By name; those of documents end in their number."""
+    found = {f"SDPA {name}": sdpa(getattr(SDPBackend, f"{name.upper()}_ATTENTION")) for name in ("cudnn", "flash")}
+    for name in available_backends():
+        found[name] = rows(name)
+        found[f"{name}, {DOCUMENTS_A_ROW} documents"] = documents(name)
+    return found
 
 
 def measure(kernel: Kernel, shape: Shape) -> dict[str, float]:
@@ -99,10 +90,21 @@ def measure(kernel: Kernel, shape: Shape) -> dict[str, float]:
 
 
 def error(kernel: Kernel) -> float:
-    """Of the output over its norm, at a small shape."""
+    """The largest of output and gradients over their norms, at a small shape."""
     q, k, v = (torch.randn(2, 512, 4, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    exact = causal_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-    return float((kernel(q, k, v).double() - exact).norm() / exact.norm())
+    parts, exact_parts = ([t.to(dtype).requires_grad_() for t in (q, k, v)] for dtype in (q.dtype, torch.float64))
+    exact = masked_attention(*(t.transpose(1, 2) for t in exact_parts)).transpose(1, 2)
+    found = kernel(*parts)
+    grad = torch.randn_like(found)
+    pairs = [
+        (found, exact),
+        *zip(
+            torch.autograd.grad(found, parts, grad),
+            torch.autograd.grad(exact, exact_parts, grad.double()),
+            strict=True,
+        ),
+    ]
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
 
 
 def main() -> int:
@@ -113,21 +115,21 @@ def main() -> int:
         print("error: no CUDA device here", file=sys.stderr)
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'shape':16} {'kernel':20} {'ms':>8} {'TFLOP/s':>8} {'error':>9}", flush=True)
+    print(f"{'shape':16} {'kernel':26} {'ms':>8} {'TFLOP/s':>8} {'error':>9}", flush=True)
     rows = []
     for label, shape in SHAPES.items():
-        for name, kernel in KERNELS.items():
+        for name, kernel in kernels().items():
             torch.manual_seed(0)
             row: dict[str, object] = {"shape": label, "kernel": name}
             try:
                 measured = measure(kernel, shape)
                 wrong = error(kernel) if "documents" not in name else float("nan")
             except (ImportError, RuntimeError) as problem:
-                print(f"{label:16} {name:20} {str(problem).splitlines()[0][:100]}", flush=True)
+                print(f"{label:16} {name:26} {str(problem).splitlines()[0][:100]}", flush=True)
                 rows.append(row | {"problem": str(problem).splitlines()[0]})
                 continue
             print(
-                f"{label:16} {name:20} {measured['milliseconds']:8.2f} {measured['tflops']:8.0f} {wrong:9.1e}",
+                f"{label:16} {name:26} {measured['milliseconds']:8.2f} {measured['tflops']:8.0f} {wrong:9.1e}",
                 flush=True,
             )
             rows.append(row | measured | {"error": wrong})

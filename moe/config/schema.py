@@ -177,6 +177,8 @@ class RuntimeConfig:
     """CPU threads of torch; 0: torch's own choice."""
     expert_backend: str = "auto"
     """auto, loop, grouped_mm, triton, quack or megablocks: who computes the experts."""
+    attention_backend: str = "auto"
+    """auto, sdpa (torch's kernels), flash_attn, flash_attn_3 or flash_attn_4: who computes attention."""
     compile: bool = False
     """torch.compile of the parts whose shapes are static; token dispatch stays outside."""
     activation_checkpointing: str = "none"

@@ -165,6 +165,11 @@ def _check_runtime(runtime: RuntimeConfig) -> None:
         runtime.expert_backend,
         ("auto", "loop", "grouped_mm", "triton", "quack", "megablocks"),
     )
+    choice(
+        "runtime.attention_backend",
+        runtime.attention_backend,
+        ("auto", "sdpa", "flash_attn", "flash_attn_3", "flash_attn_4"),
+    )
     require(0 <= runtime.num_threads <= 1024, "runtime.num_threads", "between 0 and 1024", runtime.num_threads)
     require(runtime.loss_chunk_size >= 1, "runtime.loss_chunk_size", "at least 1", runtime.loss_chunk_size)
 

@@ -3,28 +3,13 @@ key/value cache for generation."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 from moe.config.model import ModelConfig
-
-# On Hopper cuDNN's attention is 1.8 times as fast as the flash kernel torch ships (docs/log.md); the others are
-# fallbacks.
-ATTENTION_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-PackedKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""Queries, keys and values (tokens, heads, D), bounds of spans (n,), longest span -> (tokens, heads, D)."""
+from moe.kernels.attention import masked_attention, row_attention, span_attention, takes_spans
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,6 @@ class Documents:
 class Packed:
     """Spans for a kernel that takes all rows as one sequence of tokens, cut at `cu_seqlens`."""
 
-    kernel: PackedKernel
     cu_seqlens: Tensor
     max_length: int
 
@@ -70,45 +54,16 @@ Mask = Packed | Tensor | None
 """What a token may see: its span, as bounds or as a bias of all scores, or (None) all before it in its row."""
 
 
-def document_mask(documents: Documents, head_dim: int, dtype: torch.dtype) -> Packed | Tensor:
+def document_mask(documents: Documents, head_dim: int, dtype: torch.dtype, backend: str) -> Packed | Tensor:
     """`documents` for heads of `head_dim` in `dtype`; made once a forward pass, for all layers.
 
     A packed kernel leaves out the pairs that a bias only discards, but there is not one for everything.
     """
-    kernel = packed_kernel(documents.cu_seqlens.device, head_dim, dtype)
-    if kernel is None:
+    if not takes_spans(backend, documents.cu_seqlens.device, dtype, head_dim):
         return documents.bias(dtype)
     # the number of documents differs from batch to batch: compiled code must not be made for one
     torch._dynamo.maybe_mark_dynamic(documents.cu_seqlens, 0)
-    return Packed(kernel, documents.cu_seqlens, documents.max_length)
-
-
-def packed_kernel(device: torch.device, head_dim: int, dtype: torch.dtype) -> PackedKernel | None:
-    """Torch's own kernel, that of the flash_attn package where torch was built without, or None."""
-    takes = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    if device.type != "cuda" or not takes:
-        return None
-    if torch.backends.cuda.is_flash_attention_available():
-        return _torch_varlen
-    return _flash_attn_varlen if importlib.util.find_spec("flash_attn") else None
-
-
-def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    causal = (-1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=causal)
-    assert isinstance(out, Tensor)  # nothing beside it was asked for
-    return out
-
-
-def _flash_attn_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    repeatable = torch.are_deterministic_algorithms_enabled()  # torch's own kernel looks itself
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, causal=True, deterministic=repeatable
-    )
+    return Packed(documents.cu_seqlens, documents.max_length)
 
 
 class KVCache:
@@ -153,11 +108,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(head_dim)) V with a causal mask; names as in the released state dict, no biases."""
+    """softmax(Q K^T / sqrt(head_dim)) V with a causal mask; names as in the released state dict, no biases.
 
-    def __init__(self, config: ModelConfig) -> None:
+    `backend` is one of `moe.kernels.attention`; caches and biases are left to torch's.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.backend = config.head_dim, backend
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
@@ -171,36 +129,16 @@ class Attention(nn.Module):
         q = apply_rotary(self.q_proj(x).view(heads), cos, sin)
         k = apply_rotary(self.k_proj(x).view(heads), cos, sin)
         v = self.v_proj(x).view(heads)
+        return self.o_proj(self._mix(q, k, v, cache, mask).flatten(2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, mask: Mask) -> Tensor:
+        """(B, T, heads, D) x (B, T, kv_heads, D) -> (B, T, heads, D)."""
         if isinstance(mask, Packed):
-            return self.o_proj(packed_attention(q, k, v, mask).flatten(2))
+            tokens = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+            return span_attention(*tokens, mask.cu_seqlens, mask.max_length, self.backend).view(q.shape)
+        if cache is None and mask is None:
+            return row_attention(q, k, v, self.backend)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o_proj(causal_attention(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: Packed) -> Tensor:
-    """(B, T, heads, D) x (B, T, kv_heads, D) -> (B, T, heads, D), causal within each span."""
-    k, v = _one_a_query_head(k, v, q.shape[2], dim=2)
-    packed = spans.kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), spans.cu_seqlens, spans.max_length)
-    return packed.view(q.shape)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B, heads, T, D) x (B, kv_heads, S, D) -> (B, heads, T, D); the T queries are the last of the S positions.
-
-    `mask`, broadcast to (B, heads, T, S), is added to the scores, or says which count (default: all that are causal).
-    """
-    queries, keys = q.shape[2], k.shape[2]
-    k, v = _one_a_query_head(k, v, q.shape[1], dim=1)
-    if mask is None and 1 < queries < keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and queries == keys)
-
-
-def _one_a_query_head(k: Tensor, v: Tensor, heads: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values repeated along `dim` until there are `heads`."""
-    if k.shape[dim] == heads:
-        return k, v
-    groups = heads // k.shape[dim]
-    return k.repeat_interleave(groups, dim=dim), v.repeat_interleave(groups, dim=dim)
+        return masked_attention(q, k, v, mask).transpose(1, 2)

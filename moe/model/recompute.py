@@ -24,8 +24,9 @@ KEPT = {
         for name in ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tensor")
     ),
 }
-"""Operators whose results `selective` keeps: matrix products, attention, exchanges between ranks. So it does those of
-our own kernels, which exist only where a backend needs them."""
+"""Operators whose results `selective` keeps: matrix products, attention, exchanges between ranks."""
+KEPT_PACKAGES = ("moesaic", "flash_attn", "flash_attn_3")
+"""Packages of whose operators it keeps all results; they exist only where a backend needs them."""
 
 
 def recomputed(mode: str, block: Callable[..., T], *arguments: object) -> T:
@@ -68,7 +69,7 @@ class _Replay(_Keep):
 
 
 def _is_kept(func: Any) -> bool:
-    return func.overloadpacket in KEPT or func.namespace == "moesaic"
+    return func.overloadpacket in KEPT or func.namespace in KEPT_PACKAGES
 
 
 def _detached(result: Any) -> Any:

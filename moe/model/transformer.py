@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from moe.config.model import ModelConfig
-from moe.model.attention import (
-    ATTENTION_BACKENDS,
-    Attention,
-    Documents,
-    KVCache,
-    Mask,
-    document_mask,
-    rotary_angles,
-)
+from moe.kernels.attention import SDPA_ORDER
+from moe.model.attention import Attention, Documents, KVCache, Mask, document_mask, rotary_angles
 from moe.model.balance import RoutingStats, Tokens
 from moe.model.experts import MoE
 from moe.model.head import LMHead, LossSums
@@ -44,14 +37,14 @@ class ModelOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm attention and FFN (equations 1 and 2)."""
 
-    def __init__(self, config: ModelConfig, layer: int, num_languages: int, backend: str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, num_languages: int, experts: str, attention: str) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, attention)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MoE | MLP
         if config.is_moe_layer(layer):
-            self.mlp = MoE(config, num_languages, backend)
+            self.mlp = MoE(config, num_languages, experts)
         else:
             self.mlp = MLP(config.hidden_size, int(config.intermediate_size))
         self.recompute = "none"
@@ -81,7 +74,7 @@ class Block(nn.Module):
         mask: Mask,
         kept: KeptChoice | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
-        with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
+        with sdpa_kernel(SDPA_ORDER, set_priority=True):
             x, normed = self.attend(x, cos, sin, cache, mask)
         if isinstance(self.mlp, MoE):
             stream, stats = self.mlp(normed, x, tokens, kept)
@@ -107,16 +100,18 @@ class Transformer(nn.Module):
         *,
         num_languages: int = 1,
         expert_backend: str = "loop",
+        attention_backend: str = "sdpa",
         loss_chunk_size: int = 8192,
         layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention_backend = config, attention_backend
         layers = range(config.num_hidden_layers) if layers is None else layers
         first, last = layers[0] == 0, layers[-1] == config.num_hidden_layers - 1
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size) if first else None
         # keyed by the global index, so that a stage's parameters keep their names
-        self.layers = nn.ModuleDict({str(i): Block(config, i, num_languages, expert_backend) for i in layers})
+        backends = (expert_backend, attention_backend)
+        self.layers = nn.ModuleDict({str(i): Block(config, i, num_languages, *backends) for i in layers})
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if last else None
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, num_languages, loss_chunk_size) if last else None
         self.own_tokens: Callable[[Tokens], Tokens] = _all
@@ -155,7 +150,8 @@ class Transformer(nn.Module):
             start = caches[0].length if caches else 0
             positions, mask = torch.arange(start, start + input_ids.shape[1], device=input_ids.device), None
         else:
-            positions, mask = documents.position_ids, document_mask(documents, self.config.head_dim, x.dtype)
+            positions = documents.position_ids
+            mask = document_mask(documents, self.config.head_dim, x.dtype, self.attention_backend)
         cos, sin = rotary_angles(
             positions, self.config.head_dim, self.config.rope_theta, torch.promote_types(x.dtype, torch.float32)
         )

@@ -24,8 +24,10 @@ from moe.telemetry.hardware import device_name, peak_memory_gib
 class RunLog:
     """The run folder's writer. On other ranks than the first every method does nothing."""
 
-    def __init__(self, config: Config, folder: Path, world: World, backend: str, command: Sequence[str]) -> None:
-        self.config, self.folder, self.world, self.backend = config, folder, world, backend
+    def __init__(
+        self, config: Config, folder: Path, world: World, backends: dict[str, str], command: Sequence[str]
+    ) -> None:
+        self.config, self.folder, self.world, self.backends = config, folder, world, backends
         self.command = list(command)
         self.active = world.is_main
         self.console = ConsoleLogger(config.train.steps, self.active and sys.stdout.isatty())
@@ -55,7 +57,8 @@ class RunLog:
         self.message(
             f"{redact(' '.join([name, *self.command[1:]]))}: {model.num_params():,} parameters, "
             f"{model.num_active_params():,} active; {self.world.size} x {device_name(self.world.device)}{layout}, "
-            f"experts by {self.backend}; run folder {self.folder}"
+            f"experts by {self.backends['expert_backend']}, attention by {self.backends['attention_backend']}; "
+            f"run folder {self.folder}"
         )
 
     def message(self, text: str) -> None:
@@ -85,7 +88,7 @@ class RunLog:
             "world_size": self.world.size,
             "layout": str(self.world.layout),
             "threads": torch.get_num_threads(),
-            "backend": self.backend,
+            **self.backends,
             "compile": self.config.runtime.compile,
         }
 

@@ -14,7 +14,7 @@ from data import BatchSizes, Text
 from data.pipeline import Loader, open_loader, open_stream, open_text, stream_spec, whole_state
 from moe.checkpoint import CheckpointError, CheckpointManager
 from moe.config import Config, ConfigError, difference, recipe, run_id
-from moe.kernels.experts import resolve_backend
+from moe.kernels import attention, experts
 from moe.model import Transformer, initialise
 from moe.parallel import World, parallelize
 from moe.telemetry import redact
@@ -33,6 +33,7 @@ class Session:
     def __init__(self, config: Config, world: World, stop: StopSignal, command: Sequence[str]) -> None:
         self.config, self.world, self.stop = config, world, stop
         self._data = dataclasses.asdict(config.data)
+        self._compute_dtype: torch.dtype = getattr(torch, config.train.compute_dtype)
         torch.manual_seed(config.train.seed)
         self.text = self._open_text()
         self.batch_sizes = BatchSizes(
@@ -44,8 +45,9 @@ class Session:
         self.folder = Path(config.output_dir) / config.name / run
         self.stream = open_stream(self.text, spec)
         self.loader = self._build_loader()
-        self.model, backend = self._build_model()
-        self.log = RunLog(config, self.folder, world, backend, command)
+        self.backends = self._choose_backends()
+        self.model = self._build_model()
+        self.log = RunLog(config, self.folder, world, self.backends, command)
         self.trainer = Trainer(self.model, config, world, len(self.text.languages), stop)
         self.rows = RowWriter(self.trainer, world, self.text.languages, self.batch_sizes)
         self.checkpoints = CheckpointManager(
@@ -80,25 +82,34 @@ class Session:
             report=lambda line: self.log.message(line),
         )
 
-    def _build_model(self) -> tuple[Transformer, str]:
-        config, runtime, device = self.config.model.build(), self.config.runtime, self.world.device
-        dtype = getattr(torch, self.config.train.compute_dtype)
+    def _choose_backends(self) -> dict[str, str]:
+        """Who computes experts and attention, by the name of its key."""
+        model, runtime = self.config.model.build(), self.config.runtime
+        where = self.world.device, self._compute_dtype
+        widths = (model.hidden_size, int(model.moe_intermediate_size))
         try:
-            widths = (config.hidden_size, int(config.moe_intermediate_size))
-            backend = resolve_backend(runtime.expert_backend, device, dtype, widths)
+            key = "expert_backend"
+            expert_backend = experts.resolve_backend(runtime.expert_backend, *where, widths)
+            key = "attention_backend"
+            attention_backend = attention.resolve_backend(runtime.attention_backend, *where, model.head_dim)
         except ValueError as error:
-            raise ConfigError(f"runtime.expert_backend: {error}") from None
+            raise ConfigError(f"runtime.{key}: {error}") from None
+        return {"expert_backend": expert_backend, "attention_backend": attention_backend}
+
+    def _build_model(self) -> Transformer:
+        config, runtime = self.config.model.build(), self.config.runtime
         with torch.device("meta"):  # only this rank's part of the weights ever comes into being
             model = Transformer(
                 config,
                 num_languages=len(self.text.languages),
-                expert_backend=backend,
+                expert_backend=self.backends["expert_backend"],
+                attention_backend=self.backends["attention_backend"],
                 loss_chunk_size=runtime.loss_chunk_size,
             )
-        parallelize(model, self.world, dtype, runtime, self.config.parallel)
-        model.to_empty(device=device)
+        parallelize(model, self.world, self._compute_dtype, runtime, self.config.parallel)
+        model.to_empty(device=self.world.device)
         initialise(model, config.initializer_range, self.config.train.seed)
-        return model, backend
+        return model
 
     def execute(self) -> bool:
         """Resume if there is something to resume, train, leave a checkpoint; False when a signal ended it early."""

@@ -44,26 +44,42 @@ def run_packed_kernel_on_cpu() -> None:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *rest: Any):
     assert rest[0] is True, "causal"
-    out = torch.full_like(q, torch.nan)
-    for span in _spans(cu_seq_q, max_q):
-        out[span] = torch.einsum("hts,shd->thd", _weights(q[span], k[span]), v[span])
-    lse = q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
-    return out, lse, torch.zeros(2, dtype=torch.uint64)
+    out, lse = attend(q, k, v, _spans(cu_seq_q, max_q))
+    return out, lse.float(), torch.zeros(2, dtype=torch.uint64)
 
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int,
     *rest: Any
 ):  # fmt: skip
-    grads = [torch.full_like(tensor, torch.nan) for tensor in (q, k, v)]
-    for span in _spans(cu_q, max_q):
-        weights = _weights(q[span], k[span])
-        grad_weights = torch.einsum("thd,shd->hts", grad[span], v[span])
+    return attend_backward(grad, q, k, v, _spans(cu_q, max_q))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spans: list[slice]) -> tuple[Tensor, Tensor]:
+    """(N, heads, D) x (N, kv_heads, D) -> (N, heads, D) and log-sum-exp (heads, N), causal within each span."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], q.shape[0]), torch.nan)
+    for span in spans:
+        scores = _scores(q[span], k[span])
+        out[span] = torch.einsum("hts,shd->thd", scores.softmax(-1), v[span])
+        lse[:, span] = scores.logsumexp(-1)
+    return out, lse
+
+
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, spans: list[slice]) -> tuple[Tensor, ...]:
+    """Gradients of `attend`'s output for q, k and v, without autograd, which operators do not reach."""
+    groups = q.shape[1] // k.shape[1]
+    wide = [q, *(t.repeat_interleave(groups, dim=1) for t in (k, v))]
+    grads = [torch.full_like(q, torch.nan) for _ in wide]
+    for span in spans:
+        own_q, own_k, own_v = (t[span] for t in wide)
+        weights = _scores(own_q, own_k).softmax(-1)
+        grad_weights = torch.einsum("thd,shd->hts", grad[span], own_v)
         grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * q.shape[2] ** -0.5
-        grads[0][span] = torch.einsum("hts,shd->thd", grad_scores, k[span])
-        grads[1][span] = torch.einsum("hts,thd->shd", grad_scores, q[span])
+        grads[0][span] = torch.einsum("hts,shd->thd", grad_scores, own_k)
+        grads[1][span] = torch.einsum("hts,thd->shd", grad_scores, own_q)
         grads[2][span] = torch.einsum("hts,thd->shd", weights, grad[span])
-    return tuple(grads)
+    return grads[0], *(t.unflatten(1, (-1, groups)).sum(2) for t in grads[1:])
 
 
 def _spans(bounds: Tensor, longest: int) -> list[slice]:
@@ -73,7 +89,7 @@ def _spans(bounds: Tensor, longest: int) -> list[slice]:
     return spans
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor) -> Tensor:
     scores = torch.einsum("thd,shd->hts", q, k) * q.shape[2] ** -0.5
     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -torch.inf).softmax(-1)
+    return scores.masked_fill(future, -torch.inf)

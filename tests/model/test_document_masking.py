@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,17 +16,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe.config import ModelConfig
+from moe.kernels.attention import SDPA_ORDER, takes_spans
 from moe.model import KVCache, Transformer
 from moe.model import attention as attention_module
-from moe.model.attention import (
-    ATTENTION_BACKENDS,
-    Attention,
-    Documents,
-    Mask,
-    Packed,
-    packed_kernel,
-    rotary_angles,
-)
+from moe.model.attention import Attention, Documents, Mask, Packed, rotary_angles
 from moe.model.reference import reference_logits
 
 LAYOUTS: dict[str, Rows] = {
@@ -61,12 +52,12 @@ def starts_of(rows: Rows) -> Tensor:
 
 
 def packed(documents: Documents) -> Packed:
-    return Packed(attention_module._torch_varlen, documents.cu_seqlens, documents.max_length)
+    return Packed(documents.cu_seqlens, documents.max_length)
 
 
 def always_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every forward pass takes the way of the GPU."""
-    monkeypatch.setattr(attention_module, "packed_kernel", lambda *_: attention_module._torch_varlen)
+    monkeypatch.setattr(attention_module, "takes_spans", lambda *_: True)
 
 
 # ---- what a model computes
@@ -278,7 +269,7 @@ def assert_nothing_crosses(
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backends", [[SDPBackend.MATH], ATTENTION_BACKENDS], ids=["math", "default"])
+@pytest.mark.parametrize("backends", [[SDPBackend.MATH], SDPA_ORDER], ids=["math", "default"])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_nothing_crosses_a_biased_kernel(
     heads: str, dtype: torch.dtype, backends: list[SDPBackend], backend: str | None
@@ -293,7 +284,7 @@ def test_nothing_crosses_a_biased_kernel(
 def test_nothing_crosses_what_inductor_makes(heads: str, dtype: torch.dtype) -> None:
     config, attention = attention_of(heads, dtype)
     attend = torch.compile(attention, fullgraph=True)
-    with sdpa_kernel(ATTENTION_BACKENDS, set_priority=True):
+    with sdpa_kernel(SDPA_ORDER, set_priority=True):
         assert_nothing_crosses(attend, LONG, documents_of(LONG).bias(dtype), config, dtype)
 
 
@@ -339,50 +330,26 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("device", "head_dim", "dtype", "in_torch", "installed", "kernel"),
+    ("backend", "device", "head_dim", "dtype", "in_torch", "takes"),
     [
-        (CUDA, 128, torch.bfloat16, True, True, "_torch_varlen"),
-        (CUDA, 64, torch.float16, True, False, "_torch_varlen"),
-        (CUDA, 128, torch.bfloat16, False, True, "_flash_attn_varlen"),
-        (CUDA, 128, torch.bfloat16, False, False, None),
-        (CUDA, 128, torch.float32, True, True, None),
-        (CUDA, 20, torch.bfloat16, True, True, None),
-        (CUDA, 264, torch.bfloat16, True, True, None),
-        (CPU, 128, torch.bfloat16, True, True, None),
+        ("sdpa", CUDA, 128, torch.bfloat16, True, True),
+        ("sdpa", CUDA, 64, torch.float16, True, True),
+        ("sdpa", CUDA, 128, torch.bfloat16, False, False),
+        ("flash_attn", CUDA, 128, torch.bfloat16, False, True),
+        ("sdpa", CUDA, 128, torch.float32, True, False),
+        ("sdpa", CUDA, 20, torch.bfloat16, True, False),
+        ("sdpa", CUDA, 264, torch.bfloat16, True, False),
+        ("sdpa", CPU, 128, torch.bfloat16, True, False),
     ],
 )
-def test_the_kernel_is_one_that_can_do_it(
+def test_spans_go_to_kernels_that_take_them(
+    backend: str,
     device: torch.device,
     head_dim: int,
     dtype: torch.dtype,
     in_torch: bool,
-    installed: bool,
-    kernel: str | None,
+    takes: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: in_torch)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    expected = None if kernel is None else getattr(attention_module, kernel)
-    assert packed_kernel(device, head_dim, dtype) is expected
-
-
-def test_the_flash_attn_package_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its call, by a stand-in with its parameters' names that computes with torch's."""
-    package = types.ModuleType("flash_attn")
-
-    def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-        max_seqlen_k: int, *, causal: bool, deterministic: bool
-    ) -> Tensor:  # fmt: skip
-        assert causal
-        assert not deterministic
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert max_seqlen_q == max_seqlen_k
-        return attention_module._torch_varlen(q, k, v, cu_seqlens_q, max_seqlen_q)
-
-    package.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    documents = documents_of([[3, 4], [7]])
-    q = torch.randn(14, 2, 8)
-    found = attention_module._flash_attn_varlen(q, q, q, documents.cu_seqlens, 7)
-    assert torch.equal(found, attention_module._torch_varlen(q, q, q, documents.cu_seqlens, 7))
+    assert takes_spans(backend, device, dtype, head_dim) is takes

@@ -64,10 +64,14 @@ def spoil(place: str, fault: Callable[[], None]) -> None:
 
     def act() -> None:
         if next(times) == 1:
-            Path(os.environ["FAULT_AT"]).write_text(str(time.time()), encoding="utf-8")
+            note_the_time()
             fault()
 
     setattr(owner, attribute, replacement(replaced, act))
+
+
+def note_the_time() -> None:
+    Path(os.environ["FAULT_AT"]).write_text(str(time.time()), encoding="utf-8")
 
 
 def spoiled(function: Function, fault: Callable[[], None]) -> Function:
@@ -92,6 +96,7 @@ def bereft(function: Function, fault: Callable[[], None]) -> Function:
     """The worker process is what dies or stops."""
 
     def call(turns: Any) -> Any:
+        note_the_time()
         number = signal.SIGSTOP if sys.argv[2] == "hang" else signal.SIGKILL
         os.kill(turns._workers[0]._process.pid, number)
         return function(turns)
