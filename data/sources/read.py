@@ -200,8 +200,8 @@ def _column_rows(spec: SourceSpec, unit: Unit) -> Iterator[Found]:
     batches = _parquet_batches if unit.file.format == "parquet" else _arrow_batches
     unpacked = 0
     for batch in batches(spec, unit, columns):
-        texts = map(_value, batch.column(0))
-        languages = map(_value, batch.column(1)) if len(columns) == 2 else repeat(None, batch.num_rows)
+        texts = _values(batch.column(0))
+        languages = _values(batch.column(1)) if len(columns) == 2 else repeat(None, batch.num_rows)
         for text, language in zip(texts, languages, strict=True):
             unpacked += len(text) if isinstance(text, str) else 0
             require_expansion(unit.file, unpacked)
@@ -266,11 +266,29 @@ def _require_inside(column: pa.Array) -> None:
     column.view(_AS_BYTES[column.type]).validate(full=True)
 
 
+def _values(column: pa.Array) -> Iterator[object]:
+    """Every row's string, None, or what is wrong with it. Converted together, which is several times as fast as one by
+    one; but entries of a dictionary that rows share only once each, as few may stand for more than memory holds."""
+    if pa.types.is_dictionary(column.type):
+        places, dictionary = column.indices.to_pylist(), column.dictionary
+        if len(used := set(places)) < len(places):
+            entries = {place: None if place is None else _value(dictionary[place]) for place in used}
+            return map(entries.__getitem__, places)
+        column = column.dictionary_decode()
+    try:
+        return map(_checked, column.to_pylist())
+    except UnicodeDecodeError:
+        return map(_value, column)
+
+
 def _value(item: pa.Scalar) -> object:
     try:
-        value = item.as_py()
+        return _checked(item.as_py())
     except UnicodeDecodeError:
         return RowProblem("not valid UTF-8")
+
+
+def _checked(value: object) -> object:
     if isinstance(value, str) and 4 * len(value) > documents.MAX_ROW_BYTES < len(value.encode()):
         return RowProblem(f"row is longer than {documents.MAX_ROW_BYTES} bytes")
     return value
