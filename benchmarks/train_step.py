@@ -3,11 +3,12 @@
     python -m benchmarks.train_step --profile -- +experiment=moe_2b train.global_batch_size=32 train.micro_batch_size=32
     python -m benchmarks.train_step --compare runtime.expert_backend=triton,grouped_mm -- +experiment=moe_2b ...
     python -m benchmarks.train_step --peers transformers -- runtime.device=cpu
+    torchrun --nproc_per_node=2 -m benchmarks.train_step --profile -- +experiment=moe_2b parallel.expert=2 ...
 
 Builds the run as `train.py` does, data included, and takes its steps in this process without rows, evaluation and
 checkpoints; peers are fed the same batches. Rounds take turns, so that a machine that slows down slows all. Prints
-tokens a second and MFU of the median step, the allocator's peak on a GPU, and with --profile the GPU's time by kind of
-work and the longest kernels.
+tokens a second and GPU and MFU of the median step, the allocator's peak on a GPU, and with --profile the GPU's time by
+kind of work, the longest kernels, and for how long it did nothing but communicate. Of several ranks the first prints.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
+import os
 import statistics
 import sys
 import tempfile
@@ -37,6 +40,7 @@ from moe.training.signals import StopSignal
 from moe.training.trainer import forbid_sync
 
 WORK = {
+    "communication": ("nccl",),
     "expert products": ("quackgemm", "groupproblem", "_up_projection"),
     "expert rows": ("_sum_rows", "_spread_rows", "_swiglu_backward", "_list_tiles", "indexselect", "vectorized_gather"),
     "attention": ("fmha", "flash", "sdpa", "cudnn", "attention"),
@@ -69,6 +73,9 @@ class Contestant:
         self.name, self.overrides, self.peer = name, overrides, peer
         self.times: list[float] = []
         self.kernels: list[Kernel] = []
+        self.exposed = 0.0
+        """Milliseconds a step of communication beside which nothing ran."""
+        self.world_size = 1
         self.peak_gib = 0.0
         self.problem = ""
 
@@ -103,9 +110,10 @@ class Contestant:
                 if world.device.type == "cuda":
                     self.peak_gib = torch.cuda.max_memory_allocated() / 2**30
                 if profiled and world.device.type == "cuda":
-                    self.kernels = _profile(step)
+                    self.kernels, self.exposed = _profile(step)
             finally:
                 session.loader.close()
+            self.world_size = world.size
             self.peak_tflops = config.telemetry.peak_tflops or peak_tflops(world.device, config.train.compute_dtype)
 
     def _stepper(self, session: Session) -> Callable[[], None]:
@@ -124,7 +132,8 @@ class Contestant:
         if self.problem:
             return {"name": self.name, "problem": self.problem}
         milliseconds = statistics.median(self.times)
-        rate = self.config.train.global_batch_size * self.config.data.seq_len / milliseconds * 1e3
+        tokens = self.config.train.global_batch_size * self.config.data.seq_len / self.world_size
+        rate = tokens / milliseconds * 1e3
         tflops = rate * self.model.flops_per_token(self.config.data.seq_len) / 1e12
         return {
             "name": self.name,
@@ -133,6 +142,7 @@ class Contestant:
             "milliseconds": milliseconds,
             "fastest": min(self.times),
             "peak_gib": self.peak_gib,
+            "exposed_communication": self.exposed,
             "kernels": [kernel._asdict() for kernel in self.kernels],
         }
 
@@ -155,8 +165,8 @@ def _times(step: Callable[[], None], steps: int, device: torch.device) -> list[f
     return [start.elapsed_time(end) for start, end in pairwise(ends)]
 
 
-def _profile(step: Callable[[], None], steps: int = 2) -> list[Kernel]:
-    """Kernels of a step, the longest first."""
+def _profile(step: Callable[[], None], steps: int = 2) -> tuple[list[Kernel], float]:
+    """Kernels of a step, the longest first, and its exposed communication."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         for _ in range(steps):
             step()
@@ -166,7 +176,21 @@ def _profile(step: Callable[[], None], steps: int = 2) -> list[Kernel]:
         for event in profiler.key_averages()
         if event.self_device_time_total > 0
     ]
-    return sorted(found, key=lambda kernel: -kernel.milliseconds)
+    runs = [(event.name, event.time_range) for event in profiler.events()]
+    talk, work = (
+        [(time.start, time.end) for name, time in runs if (kind_of(name) == "communication") == talks]
+        for talks in (True, False)
+    )
+    return sorted(found, key=lambda kernel: -kernel.milliseconds), (covered(talk + work) - covered(work)) / 1e3 / steps
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of (start, end)."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -181,6 +205,7 @@ def print_row(row: dict[str, Any]) -> None:
     )
     if row["kernels"]:
         _print_profile([Kernel(**kernel) for kernel in row["kernels"]], row["milliseconds"])
+        print(f"    {row['exposed_communication']:9.2f} ms nothing but communication")
 
 
 def _print_profile(kernels: list[Kernel], step: float, longest: int = 40) -> None:
@@ -214,6 +239,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", help="of the configuration, after --")
     options = parser.parse_args()
+    if int(os.environ.get("RANK", "0")):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}\n{' '.join(options.overrides)}")
     print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)

@@ -1,24 +1,39 @@
-"""The head and the loss as one module: hidden states and labels in, loss sums by language out, logits never kept."""
+"""The head and the loss as one module: hidden states and labels in, loss sums out, logits never kept.
+
+The loss is the end of the forward pass, so its gradients are computed there and then, chunk by chunk, while a chunk's
+logits exist: three products of the head's size, where keeping nothing and computing logits again would take four.
+
+    (n, H) chunk --W--> logits --> losses, softmax - one-hot --W--> gradient of the chunk
+                                                   --chunk--> part of the gradient of W
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from moe.model.experts import local
 
 IGNORE_INDEX = -100
 
+Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(n, H) x (V, H), (n,) labels -> (n,) float32 losses, 0 where not scored, and their gradients for the logits (n, V) in
+the dtype of the hidden states, where scored."""
+
 
 class LossSums(NamedTuple):
-    """Sums over the labels of a micro-batch, by the label's language; (languages,) float32."""
+    """Sums over the labels of a micro-batch, float32, in nats."""
 
+    total: Tensor
+    """Scalar; the one that carries gradients."""
     cross_entropy: Tensor
-    """Nats."""
+    """(languages,), by the label's language."""
     labels: Tensor
-    """How many labels were scored."""
+    """(languages,), how many labels were scored."""
 
 
 class LMHead(nn.Module):
@@ -28,34 +43,61 @@ class LMHead(nn.Module):
         super().__init__()
         self.num_languages, self.chunk_size = num_languages, chunk_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.score: Score = score
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V), at least float32; for generation."""
-        return _project(hidden, self.weight)
+        return project(hidden, self.weight)
 
     def forward(self, hidden: Tensor, labels: Tensor, label_languages: Tensor) -> LossSums:
         """(B, T, H) hidden states, (B, T) labels (IGNORE_INDEX: not scored) and their languages -> LossSums."""
         hidden, labels, label_languages = hidden.flatten(0, 1), labels.flatten(), label_languages.flatten()
-        starts = range(0, hidden.shape[0], self.chunk_size)
-        sums = hidden.new_zeros(self.num_languages, dtype=torch.float32)
-        for start in starts:
-            chunk = slice(start, start + self.chunk_size)
-            arguments = (hidden[chunk], self.weight, labels[chunk], label_languages[chunk])
-            if len(starts) > 1 and torch.is_grad_enabled():
-                # logits of one chunk at a time: recomputing them costs one head GEMM, keeping them V floats a token
-                sums = sums + checkpoint(self.chunk_loss, *arguments, use_reentrant=False)
-            else:
-                sums = sums + self.chunk_loss(*arguments)
-        scored = F.one_hot(label_languages, self.num_languages) * (labels != IGNORE_INDEX)[:, None]
-        return LossSums(sums, scored.sum(dim=0).float())
-
-    def chunk_loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, label_languages: Tensor) -> Tensor:
-        """(N, H) x (V, H) -> (languages,) sums of cross-entropy."""
-        losses = F.cross_entropy(_project(hidden, weight), labels, ignore_index=IGNORE_INDEX, reduction="none")
-        return losses @ F.one_hot(label_languages, self.num_languages).to(losses.dtype)
+        total, losses = _Loss.apply(hidden, local(self.weight), labels, self, torch.is_grad_enabled())
+        by_language = F.one_hot(label_languages, self.num_languages).to(losses.dtype)
+        return LossSums(total, losses @ by_language, (labels != IGNORE_INDEX).to(losses.dtype) @ by_language)
 
 
-def _project(hidden: Tensor, weight: Tensor) -> Tensor:
+class _Loss(torch.autograd.Function):
+    """Sum of the losses, and the losses (N,), which carry no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: LMHead, with_gradients: bool
+    ) -> tuple[Tensor, Tensor]:
+        starts = range(0, len(hidden), head.chunk_size)
+        chunks = [slice(start, start + head.chunk_size) for start in starts]
+        if with_gradients:
+            hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        losses = []
+        for chunk in chunks:
+            chunk_losses, logits_grad = head.score(hidden[chunk], weight, labels[chunk])
+            losses.append(chunk_losses)
+            if with_gradients:
+                scored = (labels[chunk] != IGNORE_INDEX)[:, None]
+                hidden_grad[chunk] = torch.where(scored, logits_grad @ weight, 0)
+                weight_grad.addmm_(logits_grad.T, torch.where(scored, hidden[chunk], 0))
+        if with_gradients:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+        every = torch.cat(losses)
+        ctx.mark_non_differentiable(every)
+        return every.sum(), every
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad, weight_grad * grad, None, None, None
+
+
+def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`Score` of a whole vocabulary."""
+    log_probabilities = F.log_softmax(project(hidden, weight), dim=-1)
+    target = labels.clamp(min=0)[:, None]
+    losses = torch.where(labels == IGNORE_INDEX, 0, -log_probabilities.gather(1, target)[:, 0])
+    grad = log_probabilities.exp_().to(hidden.dtype)
+    return losses, grad.scatter_(1, target, torch.expm1(-losses).to(grad.dtype)[:, None])
+
+
+def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """(..., H) x (V, H) -> (..., V) logits, at least float32."""
     logits = F.linear(hidden, weight)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -81,7 +81,7 @@ def _compile(model: Transformer, world: World, compute_dtype: torch.dtype) -> No
         else:
             block.mlp.compile()
     if model.lm_head is not None and world.layout.tensor == 1:
-        model.lm_head.chunk_loss = torch.compile(model.lm_head.chunk_loss)  # type: ignore[method-assign]
+        model.lm_head.score = torch.compile(model.lm_head.score)
 
 
 def _compile_mixture(mixture: MoE, world: World, compute_dtype: torch.dtype) -> None:

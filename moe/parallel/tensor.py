@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -24,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from moe.model import IGNORE_INDEX, MLP, Block, LMHead, MoE, Tokens, Transformer
-from moe.model.experts import local
+from moe.model.head import project
 from moe.parallel.world import World
 
 SEQUENCE = Shard(1)
@@ -79,40 +78,26 @@ def _split_head(head: LMHead, mesh: DeviceMesh) -> None:
         whole = DTensor.from_local(hidden, mesh, [SEQUENCE], run_check=False).redistribute(placements=[Replicate()])
         return whole.to_local(grad_placements=[Partial()]), *others
 
-    def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, label_languages: Tensor) -> Tensor:
-        logits = F.linear(hidden, local(weight))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = VocabularyParallelCrossEntropy.apply(logits, labels, group)
-        return losses @ F.one_hot(label_languages, head.num_languages).to(losses.dtype)
-
     head.register_forward_pre_hook(gather)
-    head.chunk_loss = chunk_loss  # type: ignore[method-assign]
+    head.score = lambda hidden, weight, labels: _score_part(hidden, weight, labels, group)
 
 
-class VocabularyParallelCrossEntropy(torch.autograd.Function):
-    """(N, V / P) logits of this rank's part of the vocabulary, (N,) labels -> (N,) losses, equal on the P ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-        peak = logits.amax(dim=-1)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-        exponentials = (logits - peak[:, None]).exp_()
-        place = labels - dist.get_rank(group) * logits.shape[1]
-        is_own = (place >= 0) & (place < logits.shape[1])
-        place = torch.where(is_own, place, 0)
-        target = torch.where(is_own, logits.gather(1, place[:, None])[:, 0] - peak, 0)
-        sums = torch.stack([exponentials.sum(dim=-1), target])
-        dist.all_reduce(sums, group=group)
-        ctx.save_for_backward(exponentials.div_(sums[0, :, None]), place, is_own, labels)
-        return torch.where(labels == IGNORE_INDEX, 0, sums[0].log() - sums[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        probabilities, place, is_own, labels = ctx.saved_tensors
-        grad = torch.where(labels == IGNORE_INDEX, 0, grad)
-        grad_logits = probabilities * grad[:, None]
-        grad_logits.scatter_add_(1, place[:, None], torch.where(is_own, -grad, 0)[:, None])
-        return grad_logits, None, None
+def _score_part(hidden: Tensor, weight: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """`moe.model.head.Score` of this rank's part of the vocabulary, (V / P, H); losses are equal on the P ranks."""
+    logits = project(hidden, weight)
+    peak = logits.amax(dim=-1)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    exponentials = (logits - peak[:, None]).exp_()
+    place = labels - dist.get_rank(group) * len(weight)
+    is_own = (place >= 0) & (place < len(weight))
+    place = torch.where(is_own, place, 0)[:, None]
+    target = torch.where(is_own, logits.gather(1, place)[:, 0] - peak, 0)
+    sums = torch.stack([exponentials.sum(dim=-1), target])
+    dist.all_reduce(sums, group=group)
+    losses = torch.where(labels == IGNORE_INDEX, 0, sums[0].log() - sums[1])
+    grad = exponentials.div_(sums[0, :, None]).to(hidden.dtype)
+    at_label = torch.where(is_own, torch.expm1(-losses).to(grad.dtype), grad.gather(1, place)[:, 0])
+    return losses, grad.scatter_(1, place, at_label[:, None])
 
 
 def split_statistics(model: Transformer, world: World) -> None:

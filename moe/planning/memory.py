@@ -191,9 +191,10 @@ def shared_expert_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
 
 
 def head_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """The head's input; ids and labels (N,), one-hot languages (N, languages); rotary angles, 2 x (T, head_dim)."""
-    per_token = model.hidden_size * step.compute_bytes + 2 * INT64 + FLOAT32 * step.num_languages
-    return step.tokens * per_token + 2 * FLOAT32 * step.seq_len * model.head_dim
+    """Gradients of the head's input and weights, computed at once; ids (N,); rotary angles, 2 x (T, head_dim)."""
+    per_token = model.hidden_size * step.compute_bytes + INT64
+    weight = model.vocab_size * model.hidden_size * step.compute_bytes // layout.tensor
+    return step.tokens * per_token + weight + 2 * FLOAT32 * step.seq_len * model.head_dim
 
 
 def recomputed_bytes(model: ModelConfig, layout: Layout, step: Step) -> dict[str, int]:
@@ -251,10 +252,10 @@ def workspace_bytes(model: ModelConfig, layout: Layout, step: Step) -> dict[str,
 
 
 def logit_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """One chunk's log-probabilities, their gradient and the logits', (chunk, V) float32 each; compiled, which split
-    vocabularies are not, logits and their gradient in the compute dtype."""
+    """One chunk's logits and probabilities, (chunk, V) float32 each; compiled, which split vocabularies are not, logits
+    and their gradient in the compute dtype."""
     is_compiled = step.kernels == "compiled" and layout.tensor == 1
-    width = 2 * step.compute_bytes if is_compiled else 3 * FLOAT32
+    width = 2 * (step.compute_bytes if is_compiled else FLOAT32)
     return width * min(step.tokens, step.loss_chunk_size) * model.vocab_size // layout.tensor
 
 

@@ -30,8 +30,8 @@ EXCHANGE_PASSES = 6
 """(R, H), expert parallelism alone: sorted a second time on arrival, and put back."""
 SCORE_PASSES = 20
 """(N, E) float32."""
-LOGIT_PASSES = 8
-"""(N, V) float32."""
+LOGIT_PASSES = 3
+"""(N, V): logits in twice, their gradient out."""
 OPTIMIZER_BYTES = 42
 """A parameter held: AdamW 28, clipping 8, norm 4, and the cast 2 (its read)."""
 
@@ -75,7 +75,7 @@ def dense_flops(model: ModelConfig, layout: Layout, step: Step) -> float:
     chunks."""
     heads = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
     mlps = 3 * model.hidden_size * _mlp_width(model)
-    head = model.vocab_size * model.hidden_size * (4 / 3 if step.tokens > step.loss_chunk_size else 1)
+    head = model.vocab_size * model.hidden_size
     return 2 * step.tokens * (model.num_hidden_layers * heads + mlps + head) / layout.tensor
 
 
@@ -105,8 +105,8 @@ def moved_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
     elements = TOKEN_PASSES * own * model.hidden_size * model.num_hidden_layers
     elements += SWIGLU_PASSES * step.tokens / layout.tensor * _mlp_width(model) + mixtures * per_mixture
     scores = SCORE_PASSES * own * model.n_routed_experts * mixtures
-    logits = LOGIT_PASSES * step.tokens * model.vocab_size / layout.tensor
-    return elements * step.compute_bytes + (scores + logits) * FLOAT32
+    elements += LOGIT_PASSES * step.tokens * model.vocab_size / layout.tensor
+    return elements * step.compute_bytes + scores * FLOAT32
 
 
 def _mlp_width(model: ModelConfig) -> float:

@@ -37,8 +37,7 @@ def evaluate(
             assert output.loss is not None
             scored = batch.labels != IGNORE_INDEX
             num_bytes = (byte_lengths[batch.labels.clamp(min=0)] * scored).sum()
-            nats, labels = (value.sum() for value in output.loss)
-            sums[index] += torch.stack([nats, labels, num_bytes]).double()
+            sums[index] += torch.stack([output.loss.total, output.loss.labels.sum(), num_bytes]).double()
     sums = world.sum(world.once(sums, torch.zeros_like(sums)))
     return summarise(sums.cpu().numpy(), languages)
 

@@ -64,7 +64,7 @@ class Trainer:
         tokens."""
         output = forward(self.model, batch)
         assert output.loss is not None
-        loss = output.loss.cross_entropy.sum() / num_labels
+        loss = output.loss.total / num_labels
         if output.routing:
             loss = loss + balance_sum(output.routing) / num_tokens
         loss.backward()

@@ -104,16 +104,16 @@ def test_loss_and_gradients_are_the_sums_over_documents_alone(
     rows = LAYOUTS[layout]
     ids, labels = random_ids(config, len(rows), 12), random_ids(config, len(rows), 12, seed=1)
     together, alone = unit_variance_model(config, torch.float64), unit_variance_model(config, torch.float64)
-    expected = torch.zeros(1, dtype=torch.float64)
+    expected = torch.zeros((), dtype=torch.float64)
     for row, columns in slices_of(rows):
         part = (slice(row, row + 1), columns)
-        loss = alone(ids[part], labels=labels[part]).loss.cross_entropy
-        loss.sum().backward()
+        loss = alone(ids[part], labels=labels[part]).loss.total
+        loss.backward()
         expected += loss.detach()
     if way == "packed":
         always_packed(monkeypatch)
-    loss = together(ids, labels=labels, documents=documents_of(rows)).loss.cross_entropy
-    loss.sum().backward()
+    loss = together(ids, labels=labels, documents=documents_of(rows)).loss.total
+    loss.backward()
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
     for (name, found), wanted in zip(together.named_parameters(), alone.parameters(), strict=True):
         error = (found.grad - wanted.grad).abs().max()
@@ -158,7 +158,7 @@ def test_recomputation_knows_the_documents(way: str, monkeypatch: pytest.MonkeyP
         model = unit_variance_model(config)
         for block in model.layers.values():
             block.recompute = recompute
-        loss = model(ids, labels=labels, documents=documents_of(rows)).loss.cross_entropy.sum()
+        loss = model(ids, labels=labels, documents=documents_of(rows)).loss.total
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
     assert all(torch.equal(kept, again) for kept, again in zip(*results, strict=True))
 
@@ -316,7 +316,7 @@ def test_compiled_code_serves_any_number_of_documents(way: str, monkeypatch: pyt
     ids = random_ids(config, 2, 128)
     compiled_first = 0
     for rows in ([[128], [128]], [[64, 64], [1] * 128], [[1] * 128] * 2, [[1, 127], [126, 2]]):
-        losses = [m(ids, labels=ids, documents=documents_of(rows)).loss.cross_entropy.sum() for m in (plain, compiled)]
+        losses = [m(ids, labels=ids, documents=documents_of(rows)).loss.total for m in (plain, compiled)]
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
         grads = [
             torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (plain, compiled), strict=True)

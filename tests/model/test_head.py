@@ -26,15 +26,18 @@ def head(chunk_size: int) -> LMHead:
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 7, 14, 100])
-def test_chunks_change_neither_loss_nor_gradients(chunk_size: int) -> None:
+def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk_size: int) -> None:
     hidden, labels, languages = inputs()
-    results = []
-    for module in (head(10**6), head(chunk_size)):
-        loss = module(hidden, labels, languages)
-        gradients = torch.autograd.grad(loss.cross_entropy @ torch.tensor([1.0, 2.0, 3.0]), [hidden, module.weight])
-        results.append([*loss, *gradients])
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
+    weight = head(1).weight
+    logits = hidden.flatten(0, 1) @ weight.T
+    losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    by_language = losses @ F.one_hot(languages.flatten(), LANGUAGES).float()
+    counts = ((labels != IGNORE_INDEX)[..., None] * F.one_hot(languages, LANGUAGES)).sum((0, 1)).float()
+    plain = [losses.sum(), by_language, counts, *torch.autograd.grad(3 * losses.sum(), [hidden, weight])]
+    module = head(chunk_size)
+    loss = module(hidden, labels, languages)
+    found = [*loss, *torch.autograd.grad(3 * loss.total, [hidden, module.weight])]
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [4, 100])
@@ -53,7 +56,7 @@ def test_sums_are_by_the_labels_language_and_skip_what_is_ignored(chunk_size: in
 
 def test_ignored_positions_send_no_gradient() -> None:
     hidden, labels, languages = inputs()
-    head(4)(hidden, labels, languages).cross_entropy.sum().backward()
+    head(4)(hidden, labels, languages).total.backward()
     assert hidden.grad is not None
     ignored = labels == IGNORE_INDEX
     assert hidden.grad[ignored].abs().max() == 0
@@ -67,24 +70,33 @@ def test_no_label_at_all_is_zero_not_nan() -> None:
     assert loss.labels.tolist() == [0.0] * LANGUAGES
 
 
-def test_only_one_chunk_of_logits_is_kept() -> None:
-    """With several chunks, what the graph saves for the backward pass holds no (N, V) tensor."""
-    hidden, labels, languages = inputs()
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_no_logits_are_kept(chunk_size: int) -> None:
+    """What the graph saves for the backward pass holds no (N, V) tensor."""
+    sizes = []
 
-    def largest_saved(chunk_size: int) -> int:
-        sizes = [0]
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.shape)
+        return tensor
 
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.shape[-1:] == (VOCAB,):
-                sizes.append(tensor.numel())
-            return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        head(chunk_size)(*inputs())
+    assert sorted(sizes) == [(BATCH * LENGTH, HIDDEN), (VOCAB, HIDDEN)]
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            head(chunk_size)(hidden, labels, languages)
-        return max(sizes)
 
-    assert largest_saved(100) == BATCH * LENGTH * VOCAB
-    assert largest_saved(4) == 0
+def test_a_label_that_is_all_but_certain_keeps_its_gradient() -> None:
+    """Its probability less one, which bfloat16 would round to nothing."""
+    module = LMHead(HIDDEN, 2, 1, 100).bfloat16()
+    hidden = torch.zeros(1, 1, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    with torch.no_grad():
+        hidden[..., 0] = 1
+        module.weight.zero_()
+        module.weight[0, 0] = 9
+    loss = module(hidden, torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))
+    loss.total.backward()
+    assert module.weight.grad is not None
+    expected = torch.tensor([-1.0, 1.0]) * torch.sigmoid(torch.tensor(-9.0))
+    torch.testing.assert_close(module.weight.grad[:, 0].float(), expected, rtol=0.01, atol=0)
 
 
 def test_bfloat16_hidden_states_are_scored_in_float32() -> None:

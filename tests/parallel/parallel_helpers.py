@@ -109,7 +109,7 @@ def step_terms(
     )
     assert output.loss is not None
     balance = balance_sum(output.routing) if output.routing else torch.zeros(())
-    return output.loss.cross_entropy.sum() / num_labels, balance / num_tokens
+    return output.loss.total / num_labels, balance / num_tokens
 
 
 def step_loss(model: Transformer, batch: Batch, num_labels: Tensor | int, num_tokens: Tensor | int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from parallel_helpers import build_trainer, config_of, differing, ragged_batch, state
 
 from moe.config.schema import GuardConfig
+from moe.model import LossSums
 from moe.parallel import World, local
 from moe.training import trainer as trainer_module
 from moe.training.guard import NumericalAbort, StepGuard
@@ -24,7 +25,7 @@ Injection = Callable[[Trainer, pytest.MonkeyPatch], None]
 def scaled_loss(trainer: Trainer, factor: float) -> Iterator[None]:
     head = trainer.model.lm_head
     assert head is not None
-    handle = head.register_forward_hook(lambda m, a, out: out._replace(cross_entropy=out.cross_entropy * factor))
+    handle = head.register_forward_hook(lambda m, a, out: LossSums(*(part * factor for part in out)))
     yield
     handle.remove()
 
