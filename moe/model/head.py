@@ -91,10 +91,11 @@ class _Loss(torch.autograd.Function):
 def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`Score` of a whole vocabulary."""
     log_probabilities = F.log_softmax(project(hidden, weight), dim=-1)
-    target = labels.clamp(min=0)[:, None]
-    losses = torch.where(labels == IGNORE_INDEX, 0, -log_probabilities.gather(1, target)[:, 0])
+    at_label = torch.arange(len(labels), device=labels.device), labels.clamp(min=0)
+    losses = torch.where(labels == IGNORE_INDEX, 0, -log_probabilities[at_label])
     grad = log_probabilities.exp_().to(hidden.dtype)
-    return losses, grad.scatter_(1, target, torch.expm1(-losses).to(grad.dtype)[:, None])
+    grad[at_label] = torch.expm1(-losses).to(grad.dtype)
+    return losses, grad
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
