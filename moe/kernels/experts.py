@@ -170,15 +170,19 @@ def _fused(
 
 
 def _grouped_mm_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    if x.device.type == "cpu" and x.dtype != torch.float32 and not torch.compiler.is_compiling():
-        # in half precision a CPU's library prepares a product anew for every number of rows, for a millisecond or two;
-        # and when compiling, torch traces this product in bfloat16 alone
+    if _is_prepared_anew(x):
         rows, gate_up, down = x.float(), gate_up_proj.float(), down_proj.float()
         return _grouped_mm_mlp(rows, gate_up, down, tokens_per_expert).to(x.dtype)
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     gate_up_weight = gate_up_proj.flatten(1, 2).transpose(1, 2)  # (E, 2, I, H) -> (E, H, 2I): one GEMM for both
     gate_up = F.grouped_mm(x, gate_up_weight, offs=ends).unflatten(1, (2, -1))  # (N, H) -> (N, 2, I)
     return F.grouped_mm(swiglu(gate_up), down_proj.transpose(1, 2), offs=ends)
+
+
+def _is_prepared_anew(x: Tensor) -> bool:
+    """In half precision a CPU's library prepares a product anew for every number of rows, a millisecond or two each;
+    compiled it would be no different, but torch traces this product in bfloat16 alone."""
+    return x.device.type == "cpu" and x.dtype != torch.float32 and not torch.compiler.is_compiling()
 
 
 def _fastest(device: torch.device, dtype: torch.dtype, widths: Iterable[int]) -> str:

@@ -67,7 +67,8 @@ class _Loss(torch.autograd.Function):
         starts = range(0, len(hidden), head.chunk_size)
         chunks = [slice(start, start + head.chunk_size) for start in starts]
         if with_gradients:
-            hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+            hidden_grad = torch.empty_like(hidden)
+            weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         losses = []
         for chunk in chunks:
             chunk_losses, logits_grad = head.score(hidden[chunk], weight, labels[chunk])
@@ -75,9 +76,10 @@ class _Loss(torch.autograd.Function):
             if with_gradients:
                 scored = (labels[chunk] != IGNORE_INDEX)[:, None]
                 hidden_grad[chunk] = torch.where(scored, logits_grad @ weight, 0)
-                weight_grad.addmm_(logits_grad.T, torch.where(scored, hidden[chunk], 0))
+                _add_product(weight_grad, logits_grad.T, torch.where(scored, hidden[chunk], 0))
         if with_gradients:
             ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.dtype = weight.dtype
         every = torch.cat(losses)
         ctx.mark_non_differentiable(every)
         return every.sum(), every
@@ -85,7 +87,17 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None, None, None
+        return hidden_grad * grad, (weight_grad * grad).to(ctx.dtype), None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, not rounded to the dtype of a and b on the way where the device can do that."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

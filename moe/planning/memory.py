@@ -191,9 +191,9 @@ def shared_expert_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
 
 
 def head_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """Gradients of the head's input and weights, computed at once; ids (N,); rotary angles, 2 x (T, head_dim)."""
+    """Gradients of the head's input and weights (float32), made at once; ids (N,); rotary angles, 2 x (T, head_dim)."""
     per_token = model.hidden_size * step.compute_bytes + INT64
-    weight = model.vocab_size * model.hidden_size * step.compute_bytes // layout.tensor
+    weight = FLOAT32 * model.vocab_size * model.hidden_size // layout.tensor
     return step.tokens * per_token + weight + 2 * FLOAT32 * step.seq_len * model.head_dim
 
 

@@ -108,8 +108,8 @@ def _sequences(model: ModelConfig, step: Step) -> Iterator[_Term]:
         yield ("tensor", "all_gather", purpose), step.micro_batches * gathered, gathered * size
         yield ("tensor", "reduce_scatter", purpose), step.micro_batches * reduced, reduced * size
     chunks = math.ceil(step.tokens / step.loss_chunk_size)
-    passes = step.micro_batches * (2 if chunks > 1 else 1)  # several are computed again in the backward pass
-    yield ("tensor", "all_reduce", "loss"), 2 * passes * chunks, 3 * passes * step.tokens * FLOAT32
+    counts = 2 * step.micro_batches * chunks
+    yield ("tensor", "all_reduce", "loss"), counts, 3 * step.micro_batches * step.tokens * FLOAT32
 
 
 def _whole_gradients(groups: list[Group]) -> _Term:
