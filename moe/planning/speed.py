@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moe.config.model import ModelConfig
 from moe.hardware import GPU, Attained
 from moe.parallel.layout import Layout
-from moe.planning.memory import layer_rows
+from moe.planning.memory import is_one_operator, layer_rows
 from moe.planning.shards import weight_groups
 from moe.planning.step import FLOAT32, Step
 from moe.planning.traffic import Traffic, step_traffic
@@ -26,6 +26,8 @@ SWIGLU_PASSES = 9
 """(N or R, I): gate and up in, product out; their gradients, and the product once more."""
 ROW_PASSES = 7
 """(R, H): gathered, combined, and back."""
+FUSED_ROW_PASSES = 2
+"""(R, H) where the experts are one operator, whose products read and write the others: outputs summed, gradients too."""
 EXCHANGE_PASSES = 6
 """(R, H), expert parallelism alone: sorted a second time on arrival, and put back."""
 SCORE_PASSES = 20
@@ -101,7 +103,10 @@ def moved_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
     """Between the products, forward and backward: the passes above."""
     own, rows, mixtures = step.tokens / layout.tensor, layer_rows(model, layout, step), len(model.moe_layers)
     row_passes = ROW_PASSES + (EXCHANGE_PASSES if layout.expert > 1 else 0)
-    per_mixture = rows * (row_passes * model.hidden_size + SWIGLU_PASSES * int(model.moe_intermediate_size))
+    swiglu_passes = SWIGLU_PASSES
+    if is_one_operator(layout, step):
+        row_passes, swiglu_passes = FUSED_ROW_PASSES, 0
+    per_mixture = rows * (row_passes * model.hidden_size + swiglu_passes * int(model.moe_intermediate_size))
     elements = TOKEN_PASSES * own * model.hidden_size * model.num_hidden_layers
     elements += SWIGLU_PASSES * step.tokens / layout.tensor * _mlp_width(model) + mixtures * per_mixture
     scores = SCORE_PASSES * own * model.n_routed_experts * mixtures
