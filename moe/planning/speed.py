@@ -27,7 +27,7 @@ SWIGLU_PASSES = 9
 ROW_PASSES = 7
 """(R, H): gathered, combined, and back."""
 FUSED_ROW_PASSES = 2
-"""(R, H) where the experts are one operator, whose products read and write the others: outputs summed, gradients too."""
+"""(R, H) where the experts are one operator, whose products read and write the rest: outputs summed, gradients too."""
 EXCHANGE_PASSES = 6
 """(R, H), expert parallelism alone: sorted a second time on arrival, and put back."""
 SCORE_PASSES = 20
