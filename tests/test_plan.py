@@ -81,7 +81,7 @@ def test_a_slower_gpu_and_a_slower_network_take_longer(capsys: pytest.CaptureFix
     common = ("+experiment=moe_2b", "gpus=8", "parallel.expert=8", "parallel.shard=8", "train.micro_batch_size=8")
     h200, a100 = (plan_json(capsys, *common, f"gpu={gpu}")["best"]["seconds"] for gpu in ("h200", "a100"))
     apart = plan_json(capsys, *common, "gpu=h200", "gpus_per_node=1")["best"]["seconds"]
-    assert all(a100[part] > h200[part] for part in ("dense products", "expert products", "between products", "rows"))
+    assert all(a100[part] > h200[part] for part in ("dense products", "expert products", "between products"))
     assert apart["rows"] > 2 * h200["rows"]
     assert apart["dense products"] == h200["dense products"]
 

@@ -75,8 +75,8 @@ def experts_backward(
     dx, dw1 = compute.up_backward(h, x, rows, w1)
     if row_of_slot is None or weights is None:
         return dx, dweight, dw1, dw2
-    dweights = torch.where(row_of_slot < rows.used, dweight[row_of_slot], 0).to(weights.dtype)
-    return sum_rows(dx, row_of_slot, rows.used, None), dweights, dw1, dw2
+    dweights = torch.where(row_of_slot < rows.used, dweight[row_of_slot.clamp(max=rows.total - 1)], 0)
+    return sum_rows(dx, row_of_slot, rows.used, None), dweights.to(weights.dtype), dw1, dw2
 
 
 def _products(name: str) -> ModuleType:

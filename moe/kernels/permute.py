@@ -20,7 +20,8 @@ class Permutation(NamedTuple):
 
     slot_of_row (T*K,) and row_of_slot (T, K) are inverse to each other, token_of_row (T*K,) is slot_of_row // K.
     tokens_per_expert (E,) counts rows, padding excluded; rows from sum(tokens_per_expert) on belong to padding.
-    valid (T,) is False at padding tokens, None when there are none. All indices are int64.
+    valid (T,) is False at padding tokens, None when there are none. All indices are int64. Of `leading_rows` there are
+    only so many rows, and row_of_slot of the other slots lies past them.
     """
 
     slot_of_row: Tensor
@@ -33,7 +34,8 @@ class Permutation(NamedTuple):
 def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | None = None) -> Permutation:
     """Order the slots of `expert_indices` (T, K) by expert, ties by token and choice; padding tokens come last.
 
-    Entries lie in [0, num_experts); those of padding tokens (`valid` (T,) False) may hold anything.
+    Entries lie in [0, num_experts]; those that are num_experts come last as padding does, and those of padding tokens
+    (`valid` (T,) False) may hold anything.
     """
     top_k = expert_indices.shape[1]
     experts = expert_indices if valid is None else torch.where(valid[:, None], expert_indices, num_experts)
@@ -55,9 +57,16 @@ def gather_rows(x: Tensor, permutation: Permutation) -> Tensor:
     return _Gather.apply(_zero_padding(x, permutation.valid), permutation.token_of_row, permutation.row_of_slot)
 
 
-def ungather_rows(rows: Tensor, permutation: Permutation) -> Tensor:
-    """Undo `gather_rows` where every token has one row: (T, H) by expert -> (T, H) in the order of the tokens."""
-    return _Gather.apply(rows, permutation.row_of_slot.flatten(), permutation.slot_of_row[:, None])
+def leading_rows(permutation: Permutation, rows: int) -> Permutation:
+    """The first `rows` rows alone, which must be all that belong to experts: the other slots have none."""
+    return permutation._replace(
+        slot_of_row=permutation.slot_of_row[:rows], token_of_row=permutation.token_of_row[:rows], valid=None
+    )
+
+
+def add_rows(rows: Tensor, permutation: Permutation) -> Tensor:
+    """The transpose of `gather_rows`: the sum of each token's rows, in fp32 or better, (rows, H) -> (T, H)."""
+    return _Add.apply(rows, permutation.token_of_row, permutation.row_of_slot)
 
 
 def combine_rows(y: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
@@ -77,9 +86,13 @@ def _zero_padding(per_token: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _sum_of_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
-    """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]: (N, H), (T, K) -> (T, H) in the dtype of rows."""
+    """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]: (N, H), (T, K) -> (T, H) in the dtype of rows.
+
+    Slots without a row, which lie past the last, add nothing.
+    """
     if rows.device.type != "cpu":
         return _sum_on_device(rows, row_of_slot, weights)
+    rows, row_of_slot = _with_zero_row(rows, row_of_slot)
     # One pass without the (T, K, H) copy, 5 to 10 times faster on the CPU.
     table = rows if weights is None else rows.to(weights.dtype)
     return F.embedding_bag(row_of_slot, table, mode="sum", per_sample_weights=weights).to(rows.dtype)
@@ -104,11 +117,20 @@ def _has_triton() -> bool:
 
 
 def _sum_of_copied_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+    rows, row_of_slot = _with_zero_row(rows, row_of_slot)
     # Plain operations: torch.compile fuses them into one kernel, and sums accumulate in fp32.
     chosen = rows[row_of_slot]  # (N, H) -> (T, K, H)
     if weights is not None:
         chosen = chosen * weights.unsqueeze(-1)
     return chosen.sum(dim=1).to(rows.dtype)
+
+
+def _with_zero_row(rows: Tensor, row_of_slot: Tensor) -> tuple[Tensor, Tensor]:
+    """For slots without a row, where there are any, one of zeros to read."""
+    if row_of_slot.numel() == len(rows):
+        return rows, row_of_slot
+    zero = rows.new_zeros(1, *rows.shape[1:])
+    return torch.cat([rows, zero]), row_of_slot.clamp(max=len(rows))
 
 
 class _Gather(torch.autograd.Function):
@@ -124,6 +146,21 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (row_of_slot,) = ctx.saved_tensors
         return _sum_of_rows(grad_rows, row_of_slot), None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+        return _sum_of_rows(rows, row_of_slot)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (token_of_row,) = ctx.saved_tensors
+        return grad.index_select(0, token_of_row), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -143,7 +180,8 @@ class _Combine(torch.autograd.Function):
 
             return *spread_rows(grad_out.contiguous(), y, row_of_slot, _all_of(y), weights), None, None, None
         grad_rows = grad_out.index_select(0, token_of_row).to(weights.dtype)  # (T, H) -> (T*K, H)
-        grad_weights = (grad_rows * y).sum(dim=1)[row_of_slot]  # (T*K,) -> (T, K)
+        grad_of_row, row_of_slot = _with_zero_row((grad_rows * y).sum(dim=1), row_of_slot)
+        grad_weights = grad_of_row[row_of_slot]  # (T*K,) -> (T, K)
         weight_of_row = weights.flatten()[slot_of_row]
         grad_y = grad_rows.mul_(weight_of_row.unsqueeze(1)).to(y.dtype)
         return grad_y, grad_weights, None, None, None

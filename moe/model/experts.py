@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.config.model import ModelConfig
-from moe.kernels.experts import expert_mlp, routed_experts
+from moe.kernels.experts import routed_experts
 from moe.model.balance import RoutingStats, Tokens, alone, routing_stats
 from moe.model.mlp import MLP
 from moe.model.router import KeptChoice, Routing, build_router
 
 
+class Visitors(NamedTuple):
+    """Tokens that have experts on this device, wherever they come from."""
+
+    x: Tensor
+    """(M, H)."""
+    expert_indices: Tensor
+    """(M, K), counted from the first expert here; as many as there are here for a choice that lives elsewhere."""
+    weights: Tensor
+    """(M, K) float32 gate values."""
+    num_choices: int
+    """Of the M K, that fell on experts here."""
+
+
 class Dispatcher(Protocol):
     """Brings tokens to experts that ranks share out, and back. Dropless: no capacity, no padding.
 
-    Between `dispatch` and `receive` rows may be under way from rank to rank, and other work can be done.
+    The sizes are under way between `plan` and `dispatch`, the tokens between `dispatch` and `receive`; other work can
+    be done meanwhile.
     """
 
-    def dispatch(self, x: Tensor, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Any:
-        """(N, H) tokens -> what the two other methods need; those that are not `valid` (N,) stay at home."""
+    def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Any:
+        """Where each token goes; those that are not `valid` (N,) stay at home."""
         ...
 
-    def receive(self, sent: Any) -> tuple[Tensor, Tensor]:
-        """-> (R, H) rows sorted by the experts on this device, and how many each has."""
+    def dispatch(self, x: Tensor, routing: Routing, plan: Any) -> Any:
+        """(N, H) tokens -> what the two other methods need."""
         ...
 
-    def combine(self, rows: Tensor, routing: Routing, sent: Any) -> Tensor:
-        """(R, H) expert outputs -> (N, H), each token's weighted by its gate values; zero where not valid."""
+    def receive(self, sent: Any) -> Visitors: ...
+
+    def combine(self, outputs: Tensor, sent: Any) -> Tensor:
+        """(M, H) gated sums of the experts on this device -> (N, H), of all; zero where not valid."""
         ...
 
 
@@ -48,17 +64,24 @@ class GroupedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
-        """(N, H) rows sorted by expert, (E,) group sizes -> (N, H)."""
-        gate_up_proj, down_proj = local(self.gate_up_proj), local(self.down_proj)
-        if not len(gate_up_proj):
-            return rows.clone()  # none come to a rank that was left without an expert
-        return expert_mlp(rows, gate_up_proj, down_proj, tokens_per_expert, self.backend, zero_tail=False)
+    def forward(
+        self,
+        x: Tensor,
+        expert_indices: Tensor,
+        weights: Tensor,
+        num_choices: int | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """(N, H) tokens, (N, K) choices and gate values -> (N, H), the gated sum; zero where not `valid` (N,).
 
-    def route(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
-        """(N, H) tokens, all of whose experts are here -> (N, H), the gated sum; zero where not `valid` (N,)."""
-        weights = local(self.gate_up_proj), local(self.down_proj)
-        return routed_experts(x, routing.expert_indices, routing.weights, *weights, self.backend, valid)
+        `num_choices`: how many are of experts here; all of them by default.
+        """
+        gate_up_proj, down_proj = local(self.gate_up_proj), local(self.down_proj)
+        if not len(gate_up_proj):  # no token comes to a rank that was left without an expert, but it takes part
+            return x * weights.sum(dim=1, keepdim=True).to(x.dtype)
+        return routed_experts(
+            x, expert_indices, weights, gate_up_proj, down_proj, self.backend, valid=valid, num_choices=num_choices
+        )
 
 
 class MoE(nn.Module):
@@ -81,24 +104,36 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, RoutingStats]:
         """(B, T, H) hidden states and the residual stream -> the stream behind this layer, and the layer's statistics;
         `kept` is given where this may be recomputed."""
-        flat, valid = x.flatten(0, 1), tokens.valid.flatten()
-        routing = self.gate(flat, tokens.input_ids.flatten(), kept)
-        if self.dispatcher is None:
-            y = self.mix(x, residual, routing, valid)
-        else:
-            sent = self.dispatcher.dispatch(flat, routing, valid, kept)
-            shared = self.shared(x)  # while the rows travel
-            routed = self.dispatcher.combine(self.experts(*self.dispatcher.receive(sent)), routing, sent)
-            y = residual + _sum(routed.view_as(x), shared)
-        return y, self.statistics(routing, tokens)
+        routing = self.gate(x.flatten(0, 1), tokens.input_ids.flatten(), kept)
+        if self.dispatcher is not None:
+            return self.mix_apart(self.dispatcher, x, residual, routing, tokens, kept)
+        return self.mix(x, residual, routing, tokens.valid.flatten()), self.statistics(routing, tokens)
 
     def mix(self, x: Tensor, residual: Tensor, routing: Routing, valid: Tensor) -> Tensor:
         """(B, T, H) -> (B, T, H), all experts here; tokens that are not `valid` (B T,) meet the shared ones alone.
 
         One function without data-dependent shapes, so that it compiles as a whole.
         """
-        routed = self.experts.route(x.flatten(0, 1), routing, valid).view_as(x)
-        return residual + _sum(routed, self.shared(x))
+        routed = self.experts(x.flatten(0, 1), routing.expert_indices, routing.weights, valid=valid)
+        return residual + _sum(routed.view_as(x), self.shared(x))
+
+    def mix_apart(
+        self,
+        dispatcher: Dispatcher,
+        x: Tensor,
+        residual: Tensor,
+        routing: Routing,
+        tokens: Tokens,
+        kept: KeptChoice | None,
+    ) -> tuple[Tensor, RoutingStats]:
+        """The same with experts on other ranks as well, and the statistics: what does not need the tokens that are
+        under way is computed meanwhile."""
+        plan = dispatcher.plan(routing, tokens.valid.flatten(), kept)
+        statistics = self.statistics(routing, tokens)
+        sent = dispatcher.dispatch(x.flatten(0, 1), routing, plan)
+        shared = self.shared(x)
+        routed = dispatcher.combine(self.experts(*dispatcher.receive(sent)), sent)
+        return residual + _sum(routed.view_as(x), shared), statistics
 
     def shared(self, x: Tensor) -> Tensor | None:
         """The shared experts' output, where there are any."""

@@ -1,19 +1,21 @@
 """How much memory a rank needs to train: a sum of named parts, each from the tensors that make it up.
 
-N tokens a micro-batch, of which a rank has N / tensor between the matrices; H hidden size; R rows that reach a rank's
-experts, N K / tensor where the load is even, I their width; E routed experts, K of them active; V vocabulary. Sizes are
-bytes. Left out: the allocator's fragmentation and what the libraries take for themselves (CUDA context, NCCL, cuBLAS).
+N tokens a micro-batch, of which a rank has N / tensor between the matrices; H hidden size; S and M tokens that a rank
+sends to the experts and receives for its own, R rows that they are there, N K / tensor where the load is even, I the
+experts' width; E routed experts, K of them active; V vocabulary. Sizes are bytes. Left out: the allocator's
+fragmentation and what the libraries take for themselves (CUDA context, NCCL, cuBLAS).
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from moe.config.model import ModelConfig
 from moe.parallel.layout import Layout
 from moe.planning.shards import weight_groups
 from moe.planning.step import FLOAT32, INT64, Step
-from moe.planning.traffic import balanced_rows
+from moe.planning.traffic import Rows, balanced_rows
 
 
 class Memory(NamedTuple):
@@ -124,9 +126,18 @@ def block_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> d
 
 
 def layer_rows(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """R, the load being even."""
-    rows = balanced_rows(model, layout, step).received
-    return rows // (step.micro_batches * max(1, len(model.moe_layers)))
+    """R, the load being even, of the largest share of the experts."""
+    own = math.ceil(model.n_routed_experts / layout.expert)
+    choices = step.tokens // layout.tensor * model.num_experts_per_tok
+    return math.ceil(choices * layout.expert * own / max(1, model.n_routed_experts))
+
+
+def layer_visitors(model: ModelConfig, layout: Layout, step: Step) -> Rows:
+    """Tokens that a layer sends to experts and receives for its own, S and M; all experts being here, its N."""
+    if layout.expert == 1:
+        return Rows(step.tokens // layout.tensor, step.tokens // layout.tensor)
+    passes = step.micro_batches * max(1, len(model.moe_layers))
+    return Rows(*(rows // passes for rows in balanced_rows(model, layout, step)))
 
 
 def norm_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
@@ -152,16 +163,17 @@ def router_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
     return tokens * (FLOAT32 * (model.hidden_size + 3 * model.n_routed_experts + 1) + chosen + 1)
 
 
-def is_one_operator(layout: Layout, step: Step) -> bool:
-    """Whether gathering and summing rows are part of the experts' operator: not where rows travel between."""
-    return step.fused_experts and layout.expert == 1
-
-
 def row_bytes(model: ModelConfig, rows: int, layout: Layout, step: Step) -> int:
     """Rows into and out of the routed experts (R, H), unless one operator does it all; three permutations and the gate
-    weights (R,)."""
-    tensors = 0 if is_one_operator(layout, step) else 2
-    return rows * (tensors * model.hidden_size * step.compute_bytes + 3 * INT64 + FLOAT32)
+    weights of all choices (M, K). Tokens that have travelled (M, H) are kept by that operator alone; where they left,
+    two permutations (N, K) are."""
+    hidden, chosen = model.hidden_size * step.compute_bytes, model.num_experts_per_tok
+    visitors = layer_visitors(model, layout, step).received
+    size = visitors * chosen * (3 * INT64 + FLOAT32) + (0 if step.fused_experts else 2 * rows * hidden)
+    if layout.expert == 1:
+        return size
+    arrived = visitors * hidden if step.fused_experts else 0
+    return size + arrived + step.tokens // layout.tensor * chosen * 2 * INT64
 
 
 def expert_hidden_bytes(model: ModelConfig, rows: int, step: Step) -> int:
@@ -226,13 +238,13 @@ def kept_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> di
 
     if not model.is_moe_layer(layer):
         return parts | {"dense FFN": mlp(model.intermediate_size)}
-    rows = layer_rows(model, layout, step)
-    sent = own * model.num_experts_per_tok
-    exchanged = rows + sent if layout.expert > 1 else 0
-    results = own if is_one_operator(layout, step) else rows
+    rows, visitors = layer_rows(model, layout, step), layer_visitors(model, layout, step)
+    exchanged = sum(visitors) if layout.expert > 1 else 0
+    choices = 2 * model.num_experts_per_tok * visitors.received * FLOAT32 if layout.expert > 1 else 0
+    results = visitors.received if step.fused_experts else rows
     return parts | {
         "router": FLOAT32 * own * model.n_routed_experts if model.routing == "learned" else 0,
-        "rows": (results + exchanged) * hidden * step.compute_bytes,
+        "rows": (results + exchanged) * hidden * step.compute_bytes + choices,
         "expert hidden": 2 * rows * int(model.moe_intermediate_size) * step.compute_bytes,
         "shared experts": mlp(model.n_shared_experts * model.moe_intermediate_size) if model.n_shared_experts else 0,
     }
@@ -262,8 +274,8 @@ def logit_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
 def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> int:
     """The block's activations where they are recomputed; of a mixture, the gradients of its rows.
 
-    Those are two products of the combine, float32, and the result in the compute dtype, (R, H) each; compiled, which
-    dispatches between ranks are not, the result alone and the gradient of the experts' hidden values; of experts that
+    Those are two products of the combine, float32, and the result in the compute dtype, (R, H) each; compiled, the
+    result alone and the gradient of the experts' hidden values; of experts that
     are one operator the widest alone, since the hidden values give their memory to their gradient. An upper bound:
     what lies after the combine (shared experts, statistics) is freed before.
     """
@@ -273,9 +285,9 @@ def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: 
     if not model.is_moe_layer(layer):
         return recomputed
     width = model.hidden_size * (2 * FLOAT32 + step.compute_bytes)
-    if is_one_operator(layout, step):
+    if step.fused_experts:
         width = max(model.hidden_size, int(model.moe_intermediate_size)) * step.compute_bytes
-    elif step.kernels == "compiled" and layout.expert == layout.tensor == 1:
+    elif step.kernels == "compiled":
         width = (model.hidden_size + int(model.moe_intermediate_size)) * step.compute_bytes
     return recomputed + layer_rows(model, layout, step) * width
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from moe.config.model import ModelConfig
 from moe.hardware import GPU, Attained
 from moe.parallel.layout import Layout
-from moe.planning.memory import is_one_operator, layer_rows
+from moe.planning.memory import layer_rows, layer_visitors
 from moe.planning.shards import weight_groups
 from moe.planning.step import FLOAT32, Step
 from moe.planning.traffic import Traffic, step_traffic
@@ -29,7 +29,7 @@ ROW_PASSES = 7
 FUSED_ROW_PASSES = 2
 """(R, H) where the experts are one operator, whose products read and write the rest: outputs summed, gradients too."""
 EXCHANGE_PASSES = 6
-"""(R, H), expert parallelism alone: sorted a second time on arrival, and put back."""
+"""(M, H) of the tokens that travel: copied out and summed up, both ways, outputs and gradients."""
 SCORE_PASSES = 20
 """(N, E) float32."""
 LOGIT_PASSES = 3
@@ -102,11 +102,10 @@ def router_flops(model: ModelConfig, layout: Layout, step: Step) -> float:
 def moved_bytes(model: ModelConfig, layout: Layout, step: Step) -> float:
     """Between the products, forward and backward: the passes above."""
     own, rows, mixtures = step.tokens / layout.tensor, layer_rows(model, layout, step), len(model.moe_layers)
-    row_passes = ROW_PASSES + (EXCHANGE_PASSES if layout.expert > 1 else 0)
-    swiglu_passes = SWIGLU_PASSES
-    if is_one_operator(layout, step):
-        row_passes, swiglu_passes = FUSED_ROW_PASSES, 0
+    row_passes, swiglu_passes = (FUSED_ROW_PASSES, 0) if step.fused_experts else (ROW_PASSES, SWIGLU_PASSES)
     per_mixture = rows * (row_passes * model.hidden_size + swiglu_passes * int(model.moe_intermediate_size))
+    if layout.expert > 1:
+        per_mixture += EXCHANGE_PASSES * layer_visitors(model, layout, step).received * model.hidden_size
     elements = TOKEN_PASSES * own * model.hidden_size * model.num_hidden_layers
     elements += SWIGLU_PASSES * step.tokens / layout.tensor * _mlp_width(model) + mixtures * per_mixture
     scores = SCORE_PASSES * own * model.n_routed_experts * mixtures

@@ -45,7 +45,8 @@ _Term = tuple[tuple[str, str, str], int, int]
 
 
 class Rows(NamedTuple):
-    """Rows that the dispatches of one step brought, over all layers and micro-batches, forward."""
+    """Of the dispatches of one step, over all layers and micro-batches, forward; a token makes one for every rank that
+    has experts of it."""
 
     sent: int
     """By this rank, to itself included."""
@@ -53,10 +54,17 @@ class Rows(NamedTuple):
 
 
 def balanced_rows(model: ModelConfig, layout: Layout, step: Step) -> Rows:
-    """Those of rank 0, no token being padding and every expert getting as many."""
-    sent = step.micro_batches * len(model.moe_layers) * step.tokens // layout.tensor * model.num_experts_per_tok
-    own = len(expert_share(model.n_routed_experts, layout.expert, 0))
-    return Rows(sent, math.ceil(sent * layout.expert * own / max(1, model.n_routed_experts)))
+    """Those of rank 0 that are to be expected, no token being padding and all sets of experts being as likely."""
+    passes = step.micro_batches * len(model.moe_layers)
+    shares = [len(expert_share(model.n_routed_experts, layout.expert, rank)) for rank in range(layout.expert)]
+    reached = [_chance_of_any(model.n_routed_experts, share, model.num_experts_per_tok) for share in shares]
+    tokens = passes * step.tokens / layout.tensor
+    return Rows(math.ceil(tokens * sum(reached)), math.ceil(tokens * layout.expert * reached[0]))
+
+
+def _chance_of_any(experts: int, share: int, chosen: int) -> float:
+    """That one of `share` experts is among `chosen` of all."""
+    return 1 - math.comb(experts - share, chosen) / math.comb(experts, chosen)
 
 
 def step_traffic(
@@ -71,7 +79,7 @@ def step_traffic(
     if layout.tensor > 1:
         terms += [*_sequences(model, step), _whole_gradients(groups)]
     if layout.expert > 1:
-        terms += _rows(model, step, rows or balanced_rows(model, layout, step))
+        terms += _rows(model, layout, step, rows or balanced_rows(model, layout, step))
     sums: dict[tuple[str, str, str], tuple[int, int]] = {}
     for key, calls, size in terms:
         other_calls, other_size = sums.get(key, (0, 0))
@@ -117,13 +125,15 @@ def _whole_gradients(groups: list[Group]) -> _Term:
     return ("tensor", "all_reduce", "norms and routers"), 1, size * FLOAT32
 
 
-def _rows(model: ModelConfig, step: Step, rows: Rows) -> Iterator[_Term]:
-    """Expert parallelism: rows to their experts and back, forward and backward."""
+def _rows(model: ModelConfig, layout: Layout, step: Step, rows: Rows) -> Iterator[_Term]:
+    """Expert parallelism: tokens to their experts and back, forward and backward, and with them choices and weights."""
     calls = step.micro_batches * len(model.moe_layers)
     passes = 3 if step.recompute == "full" else 2
     size = passes * (rows.sent + rows.received) * model.hidden_size * step.compute_bytes
     yield ("expert", "all_to_all", "rows"), 2 * passes * calls, size
-    yield ("expert", "all_to_all", "sizes"), calls, calls * model.n_routed_experts * INT64
+    choices = ((passes - 1) * rows.sent + rows.received) * 2 * model.num_experts_per_tok * FLOAT32
+    yield ("expert", "all_to_all", "choices"), passes * calls, choices
+    yield ("expert", "all_to_all", "sizes"), calls, calls * 2 * layout.expert * INT64
 
 
 def _sums(model: ModelConfig, step: Step) -> Iterator[_Term]:

@@ -56,16 +56,19 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert ((actual.double() - expected.double()).abs() <= TOLERANCE[dtype] * (expected.double().abs() + scale)).all()
 
 
-def assert_layer(experts: Tensor, leaves: list[Tensor], valid: Tensor | None = None) -> None:
+def assert_layer(
+    experts: Tensor, leaves: list[Tensor], valid: Tensor | None = None, num_choices: int | None = None
+) -> None:
     """Output and all gradients of the layer against fp64; what padding holds is poison."""
     x, weights, gate_up, down = leaves
     kept = torch.ones(len(x), dtype=torch.bool) if valid is None else valid
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    expected = moe_reference(exact[0], torch.where(kept[:, None], experts, -1), *exact[1:])
+    is_here = kept[:, None] & (experts < len(gate_up))
+    expected = moe_reference(exact[0], torch.where(is_here, experts, -1), *exact[1:])
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
     x, weights = (t.detach().masked_fill(~kept[:, None], torch.nan).requires_grad_() for t in (x, weights))
-    out = routed_experts(x, experts, weights, gate_up, down, "triton", valid)
+    out = routed_experts(x, experts, weights, gate_up, down, "triton", valid, num_choices)
     actual = [out, *torch.autograd.grad(out, (x, weights, gate_up, down), grad.masked_fill(~kept[:, None], torch.nan))]
     assert [t.dtype for t in actual] == [x.dtype, *(leaf.dtype for leaf in leaves)]
     for a, w in zip(actual, wanted, strict=True):
@@ -100,8 +103,14 @@ def test_padding_that_holds_nan(share: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_experts_that_are_shared_out(dtype: torch.dtype) -> None:
-    """As under expert parallelism: rows come sorted, without weights."""
+@pytest.mark.parametrize("here", [1, 3])
+def test_choices_of_experts_that_are_elsewhere(here: int, dtype: torch.dtype) -> None:
+    experts = torch.randint(5, (30, 3), generator=torch.Generator().manual_seed(4)).clamp(max=here)
+    assert_layer(experts, make_leaves(30, 3, here, 24, 16, dtype), num_choices=int((experts < here).sum()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_come_sorted(dtype: torch.dtype) -> None:
     counts = torch.tensor([7, 0, 20, 3])
     x, _, gate_up, down = make_leaves(30, 1, 4, 24, 16, dtype)
     exact = [t.detach().double().requires_grad_() for t in (x, gate_up, down)]
@@ -119,6 +128,16 @@ def test_no_rows_at_all() -> None:
     out = expert_mlp(x, gate_up, down, torch.zeros(4, dtype=torch.int64), "triton", zero_tail=False)
     grads = torch.autograd.grad(out.sum(), (x, gate_up, down))
     assert out.shape == (0, 24)
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_no_token_at_all() -> None:
+    leaves = make_leaves(0, 3, 4, 24, 16, torch.float32)
+    x, weights, gate_up, down = leaves
+    out = routed_experts(x, torch.zeros(0, 3, dtype=torch.int64), weights, gate_up, down, "triton", num_choices=0)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == (0, 24)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
     assert all((grad == 0).all() for grad in grads)
 
 

@@ -58,10 +58,11 @@ def skewed(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> Tensor:
     return torch.multinomial(likelihood.expand(tokens, -1), top_k, generator=generator)
 
 
-def assert_matches_reference(backend: str, inputs: Inputs) -> None:
+def assert_matches_reference(backend: str, inputs: Inputs, num_choices: int | None = None) -> None:
     x, experts, weights, gate_up, down = inputs
     leaves = (x, weights, gate_up, down)
-    out = routed_experts(*inputs, backend)
+    out = routed_experts(*inputs, backend, num_choices=num_choices)
+    experts = experts.where(experts < len(gate_up), -1)
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     grads = torch.autograd.grad(out, leaves, grad_out)
     x64, weights64, gate_up64, down64 = (leaf.detach().double().requires_grad_() for leaf in leaves)
@@ -101,6 +102,17 @@ def test_layer_against_reference(backend: str, dtype: torch.dtype, tokens: int, 
 def test_all_tokens_on_one_expert(backend: str, dtype: torch.dtype) -> None:
     for expert in (0, 2, 4):
         assert_matches_reference(backend, unit_variance(torch.full((33, 1), expert), 5, dtype))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+@pytest.mark.parametrize("here", [0, 1, 3, 8])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_choices_of_experts_that_are_elsewhere_add_nothing(backend: str, dtype: torch.dtype, here: int) -> None:
+    experts = skewed(40, 4, 8).clamp(max=here)
+    inputs = unit_variance(experts, max(here, 1), dtype)
+    if not here:
+        inputs = inputs[0], experts + 1, *inputs[2:]
+    assert_matches_reference(backend, inputs, num_choices=int((experts < here).sum()))
 
 
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 24), num_experts=st.integers(1, 10), top_k=st.integers(1, 4))

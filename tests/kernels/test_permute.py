@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe.kernels import permute
-from moe.kernels.permute import Permutation, combine_rows, gather_rows, sort_by_expert
+from moe.kernels.permute import Permutation, add_rows, combine_rows, gather_rows, leading_rows, sort_by_expert
 
 
 def routing(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> Tensor:
@@ -59,6 +59,28 @@ def test_gradcheck(tokens: int, top_k: int, num_experts: int, masked: bool) -> N
     y = torch.randn(tokens * top_k, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(tokens, top_k, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: gather_rows(x, permutation), (x,))
+    assert torch.autograd.gradcheck(lambda y, w: combine_rows(y, w, permutation), (y, weights))
+
+
+@pytest.mark.parametrize("rows", [0, 7, 18])
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_leading_rows_leave_the_other_slots_out(rows: int, is_copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token twice, `rows` of the 18 slots are of expert 0 and the others of none."""
+    if is_copied:
+        monkeypatch.setattr(permute, "_sum_of_rows", permute._sum_of_copied_rows)
+    slots = torch.randperm(18, generator=torch.Generator().manual_seed(0)).view(9, 2)
+    permutation = leading_rows(sort_by_expert((slots >= rows).long(), 1), rows)
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
+    of_rows = torch.zeros(9, rows, dtype=torch.float64)
+    of_rows[permutation.token_of_row, torch.arange(rows)] = 1
+    torch.testing.assert_close(gather_rows(x, permutation), of_rows.T @ x)
+    torch.testing.assert_close(add_rows(y, permutation), of_rows @ y)
+    of_rows = of_rows * weights.flatten()[permutation.slot_of_row]
+    torch.testing.assert_close(combine_rows(y, weights, permutation), of_rows @ y)
+    assert torch.autograd.gradcheck(lambda x: gather_rows(x, permutation), (x,))
+    assert torch.autograd.gradcheck(lambda y: add_rows(y, permutation), (y,))
     assert torch.autograd.gradcheck(lambda y, w: combine_rows(y, w, permutation), (y, weights))
 
 

@@ -35,15 +35,14 @@ class RowCounter:
         self.sent = self.received = 0
         for mixture in trainer.mixtures:
             if isinstance(mixture.dispatcher, ExchangeDispatcher):
-                mixture.dispatcher._sizes = self._counting(mixture.dispatcher._sizes)  # type: ignore[method-assign]
+                mixture.dispatcher._exchange_sizes = self._counting(mixture.dispatcher._exchange_sizes)  # type: ignore[method-assign]
 
-    def _counting(self, sizes: Any) -> Any:
-        def counting(tokens_per_expert: torch.Tensor, kept: Any) -> Any:
-            is_first = kept is None or kept.sizes is None
-            found = sizes(tokens_per_expert, kept)
-            if is_first:
-                self.sent += sum(found.sent)
-                self.received += sum(found.received)
+    def _counting(self, exchange: Any) -> Any:
+        def counting(counts: torch.Tensor) -> Any:
+            found = exchange(counts)
+            sizes = found.wait()
+            self.sent += sum(sizes.sent)
+            self.received += sum(sizes.received)
             return found
 
         return counting
