@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels import megablocks
-from moe.kernels.permute import Permutation, combine_rows, gather_rows, leading_rows, sort_by_expert
+from moe.kernels.permute import Permutation, combine_rows, gather_rows, sort_by_expert
 
 BACKENDS = ("loop", "grouped_mm", "triton", "quack", "megablocks")
 FUSED = ("triton", "quack")
@@ -118,22 +118,25 @@ def routed_experts(
     down_proj: Tensor,
     backend: str,
     valid: Tensor | None = None,
-    num_choices: int | None = None,
 ) -> Tensor:
     """Route, compute and combine on one device: x (T, H), expert_indices and fp32 weights (T, K) -> (T, H).
 
-    Padding tokens (`valid` (T,) False) come out as zero and receive no gradient. `num_choices`: how many of the T K
-    choices are of these experts, where the others, whose index is E, add nothing; all of them by default. Backends and
-    errors are those of `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels where `num_choices` is not
-    given. FUSED ones allow one backward pass only.
+    Padding tokens (`valid` (T,) False) come out as zero and receive no gradient. Backends and errors are those of
+    `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels. FUSED ones allow one backward pass only.
     """
-    if backend != "loop":
+    if backend == "megablocks":
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
-    if backend == "megablocks" and num_choices is None:
         return megablocks.dropless_experts(x, expert_indices, weights, gate_up_proj, down_proj, valid)
     permutation = sort_by_expert(expert_indices, gate_up_proj.shape[0], valid)
-    if num_choices is not None:
-        permutation = leading_rows(permutation, num_choices)
+    return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, backend)
+
+
+def permuted_experts(
+    x: Tensor, weights: Tensor, permutation: Permutation, gate_up_proj: Tensor, down_proj: Tensor, backend: str
+) -> Tensor:
+    """As `routed_experts`, of choices that are sorted already; those of experts elsewhere have no row."""
+    if backend != "loop":
+        _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
     if backend in FUSED:
         return _fused(x, weights, permutation, gate_up_proj, down_proj, permutation.tokens_per_expert, backend)
     rows = gather_rows(x, permutation)

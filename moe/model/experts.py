@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.config.model import ModelConfig
-from moe.kernels.experts import routed_experts
+from moe.kernels.experts import permuted_experts, routed_experts
+from moe.kernels.permute import Permutation
 from moe.model.balance import RoutingStats, Tokens, alone, routing_stats
 from moe.model.mlp import MLP
 from moe.model.router import KeptChoice, Routing, build_router
@@ -21,19 +22,16 @@ class Visitors(NamedTuple):
 
     x: Tensor
     """(M, H)."""
-    expert_indices: Tensor
-    """(M, K), counted from the first expert here; as many as there are here for a choice that lives elsewhere."""
     weights: Tensor
     """(M, K) float32 gate values."""
-    num_choices: int
-    """Of the M K, that fell on experts here."""
+    permutation: Permutation
+    """Rows of the choices that fell on experts here."""
 
 
 class Dispatcher(Protocol):
     """Brings tokens to experts that ranks share out, and back. Dropless: no capacity, no padding.
 
-    The sizes are under way between `plan` and `dispatch`, the tokens between `dispatch` and `receive`; other work can
-    be done meanwhile.
+    Tokens may be under way from rank to rank between `dispatch` and `receive`, and other work can be done.
     """
 
     def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Any:
@@ -64,24 +62,17 @@ class GroupedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(
-        self,
-        x: Tensor,
-        expert_indices: Tensor,
-        weights: Tensor,
-        num_choices: int | None = None,
-        valid: Tensor | None = None,
-    ) -> Tensor:
-        """(N, H) tokens, (N, K) choices and gate values -> (N, H), the gated sum; zero where not `valid` (N,).
-
-        `num_choices`: how many are of experts here; all of them by default.
-        """
+    def forward(self, x: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
+        """`Visitors` -> (M, H), the gated sum of the experts here."""
         gate_up_proj, down_proj = local(self.gate_up_proj), local(self.down_proj)
         if not len(gate_up_proj):  # no token comes to a rank that was left without an expert, but it takes part
             return x * weights.sum(dim=1, keepdim=True).to(x.dtype)
-        return routed_experts(
-            x, expert_indices, weights, gate_up_proj, down_proj, self.backend, valid=valid, num_choices=num_choices
-        )
+        return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, self.backend)
+
+    def route(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
+        """(N, H) tokens, all of whose experts are here -> (N, H), the gated sum; zero where not `valid` (N,)."""
+        weights = local(self.gate_up_proj), local(self.down_proj)
+        return routed_experts(x, routing.expert_indices, routing.weights, *weights, self.backend, valid)
 
 
 class MoE(nn.Module):
@@ -114,8 +105,8 @@ class MoE(nn.Module):
 
         One function without data-dependent shapes, so that it compiles as a whole.
         """
-        routed = self.experts(x.flatten(0, 1), routing.expert_indices, routing.weights, valid=valid)
-        return residual + _sum(routed.view_as(x), self.shared(x))
+        routed = self.experts.route(x.flatten(0, 1), routing, valid)
+        return self.join(residual, routed, self.shared(x))
 
     def mix_apart(
         self,
@@ -126,14 +117,18 @@ class MoE(nn.Module):
         tokens: Tokens,
         kept: KeptChoice | None,
     ) -> tuple[Tensor, RoutingStats]:
-        """The same with experts on other ranks as well, and the statistics: what does not need the tokens that are
-        under way is computed meanwhile."""
+        """The same with experts on other ranks as well, and the statistics: these last, while the device is busy, which
+        behind a dispatch waits for every launch."""
         plan = dispatcher.plan(routing, tokens.valid.flatten(), kept)
-        statistics = self.statistics(routing, tokens)
         sent = dispatcher.dispatch(x.flatten(0, 1), routing, plan)
-        shared = self.shared(x)
+        shared = self.shared(x)  # while the tokens travel
         routed = dispatcher.combine(self.experts(*dispatcher.receive(sent)), sent)
-        return residual + _sum(routed.view_as(x), shared), statistics
+        return self.join(residual, routed, shared), self.statistics(routing, tokens)
+
+    def join(self, residual: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        """The residual stream (B, T, H) with what the routed (N, H) and the shared experts (B, T, H) add."""
+        routed = routed.view_as(residual)
+        return residual + (routed if shared is None else routed + shared)
 
     def shared(self, x: Tensor) -> Tensor | None:
         """The shared experts' output, where there are any."""
@@ -141,10 +136,6 @@ class MoE(nn.Module):
 
     def statistics(self, routing: Routing, tokens: Tokens) -> RoutingStats:
         return routing_stats(routing, tokens, self.num_languages, self.config, self.pool)
-
-
-def _sum(routed: Tensor, shared: Tensor | None) -> Tensor:
-    return routed if shared is None else routed + shared
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ class KeptChoice:
     """
 
     expert_indices: Tensor | None = None
-    sizes: object = None
-    """What a dispatcher between ranks needs beside them; its own affair."""
+    exchanged: object = None
+    """What a dispatcher between ranks has exchanged beside them; its own affair."""
 
 
 class TopKRouter(nn.Module):

@@ -4,16 +4,17 @@
     tokens --the experts here, weighted and summed--> (M, H) --all-to-all--> (S, H) --summed--> (N, H)
 
 A token travels once to a rank, however many of its experts live there, and one sum of their outputs comes back; its
-choices and gate values go with it. Dropless: what a rank receives depends on the routing alone, from nothing to
-everything. The sizes are exchanged first and copied to the host once; that is the only time a dispatch waits for the
-device. Rows travel while the shared experts work, forward and backward: `dispatch` starts the exchange, `receive` waits
-for it, and in the backward pass `receive` starts the way back and `dispatch` waits.
+gate values go with it, and the rows that its choices take among those of their experts. Dropless: what a rank receives
+depends on the routing alone, from nothing to everything. Counts are exchanged first, and sizes copied to the host once;
+that is the only time a dispatch waits for the device, so little is left to launch after it. Rows travel while the
+shared experts work, forward and backward: `dispatch` starts the exchange, `receive` waits for it, and in the backward
+pass `receive` starts the way back and `dispatch` waits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,19 +31,24 @@ class Sizes:
     """How much one dispatch exchanges."""
 
     sent: list[int]
-    """Rows to each rank."""
+    """Tokens to each rank."""
     received: list[int]
-    """Rows from each rank."""
+    """Tokens from each rank."""
     choices: int
-    """Of the received tokens, that fell on experts of this rank."""
+    """Of the received tokens, that fell on experts of this rank: R, their rows."""
+    before: int
+    """Rows of all ranks' choices that fell on experts of lower ranks."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Where the tokens of a dispatch go."""
 
     by_rank: Permutation
     """Of this rank's N K slots, by rank; a token's first choice on a rank stands for the others there."""
+    places: Tensor
+    """(N, K) int32: the row that each choice takes among all ranks' choices, sorted by expert, then by rank."""
+    loads: Tensor
+    """(own experts,) int64: choices that fell on each of them."""
     sizes: SizesUnderWay
 
 
@@ -53,12 +59,13 @@ class Travelling:
     rows: Tensor
     """(M, H), undefined until received."""
     choices: Tensor
-    """(M, 2 K) float32, likewise: gate values and experts, whose numbers float32 holds exactly."""
+    """(M, 2 K) float32, likewise: gate values, and places as their bits."""
     way: _Way
     choices_way: _Way
     by_rank: Permutation
     """Of the S sent rows."""
-    num_choices: int
+    loads: Tensor
+    sizes: Sizes
 
 
 class ExchangeDispatcher:
@@ -69,62 +76,87 @@ class ExchangeDispatcher:
     """
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
-        self.group, self.parts = group, dist.get_world_size(group)
+        self.num_experts, self.group = num_experts, group
+        self.parts, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.share = len(expert_share(num_experts, self.parts, 0))
-        self.own = expert_share(num_experts, self.parts, dist.get_rank(group))
+        self.own = expert_share(num_experts, self.parts, self.rank)
+
+    def compile(self) -> None:
+        """Have the parts with static shapes compiled."""
+        self._sort = torch.compile(self._sort)  # type: ignore[method-assign]
+        self._place = torch.compile(self._place)  # type: ignore[method-assign]
 
     def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Plan:
-        """Sort the tokens by rank and start to exchange the sizes; a recomputation finds these kept."""
-        by_rank, counts = _sort_by_rank(routing.expert_indices, self.share, self.parts, valid)
-        if kept is not None and isinstance(kept.sizes, SizesUnderWay):
-            return Plan(by_rank, kept.sizes)
-        sizes = self._exchange_sizes(counts)
+        """Sort the choices by expert and the tokens by rank, and send the sizes to the host; a recomputation finds kept
+        what had to be exchanged for it."""
+        by_expert, by_rank, own_counts = self._sort(routing.expert_indices, valid)
+        if kept is not None and isinstance(kept.exchanged, tuple):
+            counts, sizes_under_way = kept.exchanged
+            places, loads, _ = self._place(routing.expert_indices, by_expert, counts)
+            return Plan(by_rank, places, loads, sizes_under_way)
+        counts = self._gather(own_counts)
+        places, loads, sizes = self._place(routing.expert_indices, by_expert, counts)
+        plan = Plan(by_rank, places, loads, SizesUnderWay(sizes))
         if kept is not None:
-            kept.sizes = sizes
-        return Plan(by_rank, sizes)
+            kept.exchanged = counts, plan.sizes
+        return plan
 
     def dispatch(self, x: Tensor, routing: Routing, plan: Plan) -> Travelling:
         """(N, H) tokens -> rows under way to their experts."""
+        choices = torch.cat([routing.weights, plan.places.view(torch.float32)], dim=1)
         sizes = plan.sizes.wait()
         by_rank = leading_rows(plan.by_rank, sum(sizes.sent))
-        choices = torch.cat([routing.weights, routing.expert_indices.float()], dim=1)
         way, choices_way = (_Way(sizes.received, sizes.sent, self.group) for _ in range(2))
         choices = choices_way.start(gather_rows(choices, by_rank))
         rows = way.start(gather_rows(x, by_rank))
-        return Travelling(rows, choices, way, choices_way, by_rank, sizes.choices)
+        return Travelling(rows, choices, way, choices_way, by_rank, plan.loads, sizes)
 
     def receive(self, travelling: Travelling) -> Visitors:
-        """-> the tokens that have experts here."""
-        rows = travelling.way.finish(travelling.rows)
-        weights, experts = travelling.choices_way.finish(travelling.choices).chunk(2, dim=1)
-        experts = experts.detach().long() - self.own.start
-        is_here = (experts >= 0) & (experts < len(self.own))
-        experts = torch.where(is_here, experts, len(self.own))
-        return Visitors(rows, experts, weights.contiguous(), travelling.num_choices)
+        """-> the tokens that have experts here, and the rows of these."""
+        x = travelling.way.finish(travelling.rows)
+        weights, places = travelling.choices_way.finish(travelling.choices).chunk(2, dim=1)
+        end, (tokens, top_k) = travelling.sizes.choices, weights.shape
+        rows = places.detach().contiguous().view(torch.int32).long() - travelling.sizes.before
+        rows.masked_fill_((rows < 0) | (rows >= end), end)  # of experts elsewhere
+        slots = torch.arange(tokens * top_k, device=rows.device)
+        slot_of_row = torch.empty(end + 1, dtype=torch.int64, device=rows.device).scatter_(0, rows.flatten(), slots)
+        permutation = Permutation(slot_of_row[:-1], slot_of_row[:-1] // top_k, rows, travelling.loads, None)
+        return Visitors(x, weights.contiguous(), permutation)
 
     def combine(self, outputs: Tensor, travelled: Travelling) -> Tensor:
         """(M, H) sums of the experts here -> (N, H), those of all ranks; zero for tokens that went nowhere."""
         back = _Way(travelled.way.input_sizes, travelled.way.output_sizes, self.group)
         return add_rows(back.finish(back.start(outputs)), travelled.by_rank)
 
-    def _exchange_sizes(self, counts: Tensor) -> SizesUnderWay:
-        received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.group)
-        return SizesUnderWay(torch.stack([counts[:, 0], *received.unbind(1)]))
+    def _sort(self, expert_indices: Tensor, valid: Tensor) -> tuple[Permutation, Permutation, Tensor]:
+        """(N, K) experts -> their slots by expert and by rank, and how many tokens each of either gets, (E + P,)."""
+        ranks = expert_indices // self.share
+        is_repeated = (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(dim=2)
+        by_expert = sort_by_expert(expert_indices, self.num_experts, valid)
+        by_rank = sort_by_expert(torch.where(is_repeated, self.parts, ranks), self.parts, valid)
+        return by_expert, by_rank, torch.cat([by_expert.tokens_per_expert, by_rank.tokens_per_expert])
 
+    def _gather(self, counts: Tensor) -> Tensor:
+        """(E + P,) -> (P, E + P)."""
+        gathered = counts.new_empty(self.parts * len(counts))
+        dist.all_gather_into_tensor(gathered, counts, group=self.group)
+        return gathered.view(self.parts, -1)
 
-def _sort_by_rank(expert_indices: Tensor, share: int, parts: int, valid: Tensor) -> tuple[Permutation, Tensor]:
-    """(N, K) experts, `share` of them on a rank -> rows for each of `parts` ranks, and (parts, 2) int64: how many rows
-    each gets, and how many choices they stand for."""
-    ranks = expert_indices // share
-    is_repeated = (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(dim=2)
-    by_rank = sort_by_expert(torch.where(is_repeated, parts, ranks), parts, valid)
-    is_chosen = (ranks.unsqueeze(2) == torch.arange(parts, device=ranks.device)) & valid[:, None, None]
-    return by_rank, torch.stack([by_rank.tokens_per_expert, is_chosen.sum(dim=(0, 1))], dim=1)
+    def _place(self, expert_indices: Tensor, by_expert: Permutation, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> `Plan.places`, `Plan.loads` and sizes (2 P + 2,): sent, received, choices and before."""
+        loads, tokens = counts.split([self.num_experts, self.parts], dim=1)
+        total, mine = loads.sum(dim=0), loads[self.rank]
+        begin = total.cumsum(0) - total
+        # a choice's row moves from among this rank's to behind those of lower ranks, among all
+        shift = begin + loads[: self.rank].sum(dim=0) - (mine.cumsum(0) - mine)
+        places = (by_expert.row_of_slot + shift[expert_indices]).int()
+        here = total[self.own.start : self.own.stop]
+        ends = [here.sum(), total[: self.own.start].sum()]
+        return places, here, torch.cat([tokens[self.rank], tokens[:, self.rank], torch.stack(ends)])
 
 
 class SizesUnderWay:
-    """(3, P) on the way from the device to the host: rows to each rank, rows from each, and the choices these make."""
+    """`Sizes` in one tensor, on its way from the device to the host."""
 
     def __init__(self, sizes: Tensor) -> None:
         self._event = torch.cuda.Event() if sizes.is_cuda else None
@@ -135,11 +167,11 @@ class SizesUnderWay:
             self._event.record()
 
     def wait(self) -> Sizes:
-        """What has arrived; until it has, nobody else's work is waited for."""
+        """What has arrived; work that was launched later is not waited for."""
         if self._event is not None:
             self._event.synchronize()
-        sent, received, choices = self._sizes.tolist()
-        return Sizes(sent, received, sum(choices))
+        *rows, choices, before = self._sizes.tolist()
+        return Sizes(rows[: len(rows) // 2], rows[len(rows) // 2 :], choices, before)
 
 
 class _Way:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from moe.config.schema import ParallelConfig, RuntimeConfig
@@ -94,6 +94,9 @@ def _compile_mixture(mixture: MoE, world: World, compute_dtype: torch.dtype) -> 
     if is_traceable and not _are_experts_apart(world):
         mixture.mix = torch.compile(mixture.mix)  # type: ignore[method-assign]
         return
+    mixture.join = torch.compile(mixture.join)  # type: ignore[method-assign]
+    if isinstance(mixture.dispatcher, ExchangeDispatcher):
+        mixture.dispatcher.compile()
     if is_traceable and mixture.experts.backend == "grouped_mm":
         mixture.experts.forward = torch.compile(mixture.experts.forward, dynamic=True)  # type: ignore[method-assign]
     if mixture.shared_experts is not None:
@@ -125,6 +128,7 @@ def _shard(
                     reshard_after_forward=reshard,
                     shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
                 )
+                register_fsdp_forward_method(block.mlp.experts, "route")
                 if world.layout.expert > 1:
                     _mend_empty_share(block.mlp.experts)
         fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)

@@ -135,6 +135,8 @@ def join_world(
     device = choose_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # what travels is waited for; where a product has taken all multiprocessors it would come last
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=timeout + TO_JUDGE)
     store, keeper = _meet(rank, size, patience)

@@ -133,7 +133,11 @@ def _rows(model: ModelConfig, layout: Layout, step: Step, rows: Rows) -> Iterato
     yield ("expert", "all_to_all", "rows"), 2 * passes * calls, size
     choices = ((passes - 1) * rows.sent + rows.received) * 2 * model.num_experts_per_tok * FLOAT32
     yield ("expert", "all_to_all", "choices"), passes * calls, choices
-    yield ("expert", "all_to_all", "sizes"), calls, calls * 2 * layout.expert * INT64
+    yield (
+        ("expert", "all_gather", "counts"),
+        calls,
+        calls * layout.expert * (model.n_routed_experts + layout.expert) * INT64,
+    )
 
 
 def _sums(model: ModelConfig, step: Step) -> Iterator[_Term]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe.kernels import up_projection
-from moe.kernels.experts import expert_mlp, routed_experts
-from moe.kernels.permute import sort_by_expert
+from moe.kernels.experts import expert_mlp, permuted_experts, routed_experts
+from moe.kernels.permute import leading_rows, sort_by_expert
 from moe.kernels.reference import moe_reference
 from moe.kernels.rows import spread_rows, sum_rows, swiglu_backward
 
@@ -68,7 +68,10 @@ def assert_layer(
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
     x, weights = (t.detach().masked_fill(~kept[:, None], torch.nan).requires_grad_() for t in (x, weights))
-    out = routed_experts(x, experts, weights, gate_up, down, "triton", valid, num_choices)
+    permutation = sort_by_expert(experts, len(gate_up), valid)
+    if num_choices is not None:
+        permutation = leading_rows(permutation, num_choices)
+    out = permuted_experts(x, weights, permutation, gate_up, down, "triton")
     actual = [out, *torch.autograd.grad(out, (x, weights, gate_up, down), grad.masked_fill(~kept[:, None], torch.nan))]
     assert [t.dtype for t in actual] == [x.dtype, *(leaf.dtype for leaf in leaves)]
     for a, w in zip(actual, wanted, strict=True):
@@ -134,7 +137,7 @@ def test_no_rows_at_all() -> None:
 def test_no_token_at_all() -> None:
     leaves = make_leaves(0, 3, 4, 24, 16, torch.float32)
     x, weights, gate_up, down = leaves
-    out = routed_experts(x, torch.zeros(0, 3, dtype=torch.int64), weights, gate_up, down, "triton", num_choices=0)
+    out = routed_experts(x, torch.zeros(0, 3, dtype=torch.int64), weights, gate_up, down, "triton")
     grads = torch.autograd.grad(out.sum(), leaves)
     assert out.shape == (0, 24)
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]

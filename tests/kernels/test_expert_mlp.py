@@ -13,7 +13,15 @@ from torch.nn import functional as F
 
 from moe.kernels import experts as experts_module
 from moe.kernels import megablocks
-from moe.kernels.experts import available_backends, expert_mlp, resolve_backend, routed_experts, swiglu
+from moe.kernels.experts import (
+    available_backends,
+    expert_mlp,
+    permuted_experts,
+    resolve_backend,
+    routed_experts,
+    swiglu,
+)
+from moe.kernels.permute import leading_rows, sort_by_expert
 from moe.kernels.reference import moe_reference
 
 H, I = 24, 16  # noqa: E741
@@ -61,7 +69,11 @@ def skewed(tokens: int, top_k: int, num_experts: int, seed: int = 0) -> Tensor:
 def assert_matches_reference(backend: str, inputs: Inputs, num_choices: int | None = None) -> None:
     x, experts, weights, gate_up, down = inputs
     leaves = (x, weights, gate_up, down)
-    out = routed_experts(*inputs, backend, num_choices=num_choices)
+    if num_choices is None:
+        out = routed_experts(*inputs, backend)
+    else:
+        permutation = leading_rows(sort_by_expert(experts, len(gate_up)), num_choices)
+        out = permuted_experts(x, weights, permutation, gate_up, down, backend)
     experts = experts.where(experts < len(gate_up), -1)
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     grads = torch.autograd.grad(out, leaves, grad_out)

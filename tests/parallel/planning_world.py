@@ -35,15 +35,15 @@ class RowCounter:
         self.sent = self.received = 0
         for mixture in trainer.mixtures:
             if isinstance(mixture.dispatcher, ExchangeDispatcher):
-                mixture.dispatcher._exchange_sizes = self._counting(mixture.dispatcher._exchange_sizes)  # type: ignore[method-assign]
+                mixture.dispatcher._gather = self._counting(mixture.dispatcher._gather, mixture.dispatcher)  # type: ignore[method-assign]
 
-    def _counting(self, exchange: Any) -> Any:
+    def _counting(self, gather: Any, dispatcher: ExchangeDispatcher) -> Any:
         def counting(counts: torch.Tensor) -> Any:
-            found = exchange(counts)
-            sizes = found.wait()
-            self.sent += sum(sizes.sent)
-            self.received += sum(sizes.received)
-            return found
+            gathered = gather(counts)
+            tokens = gathered[:, dispatcher.num_experts :]
+            self.sent += int(tokens[dispatcher.rank].sum())
+            self.received += int(tokens[:, dispatcher.rank].sum())
+            return gathered
 
         return counting
 
