@@ -164,12 +164,12 @@ def router_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
 
 
 def row_bytes(model: ModelConfig, rows: int, layout: Layout, step: Step) -> int:
-    """Rows into and out of the routed experts (R, H), unless one operator does it all; three permutations and the gate
-    weights of all choices (M, K). Tokens that have travelled (M, H) are kept by that operator alone; where they left,
-    two permutations (N, K) are."""
+    """Rows into and out of the routed experts (R, H), unless one operator does it all; two permutations (R,), one and
+    the gate weights of all choices (M, K). Tokens that have travelled (M, H) are kept by that operator alone; where
+    they left, two permutations (N, K) are."""
     hidden, chosen = model.hidden_size * step.compute_bytes, model.num_experts_per_tok
     visitors = layer_visitors(model, layout, step).received
-    size = visitors * chosen * (3 * INT64 + FLOAT32) + (0 if step.fused_experts else 2 * rows * hidden)
+    size = visitors * chosen * (INT64 + FLOAT32) + 2 * INT64 * rows + (0 if step.fused_experts else 2 * rows * hidden)
     if layout.expert == 1:
         return size
     arrived = visitors * hidden if step.fused_experts else 0
