@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -45,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=10, help="steps at the start that are not timed (default: 10)")
     parser.add_argument("--log-interval", type=int, default=5)
-    parser.add_argument("--output", help="keep the run folders here, without checkpoints")
+    parser.add_argument("--output", help="keep the run folders here")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("overrides", nargs="*", help="for train.py, after --")
     return parser.parse_args()
@@ -65,6 +64,7 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
         f"train.log_interval={options.log_interval}",
         "train.eval_interval=0",
         "checkpoint.interval=0",
+        "checkpoint.at_end=false",
         f"optim.schedule.warmup_steps={options.steps // 4}",
         "telemetry.report=false",
         f"output_dir={folder}",
@@ -78,7 +78,6 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
         return {"layout": layout, "gpus": processes, "exit_code": done.returncode, "seconds": seconds}
     lines = (folder / "layouts" / run / "metrics.jsonl").read_text().splitlines()
-    shutil.rmtree(folder / "layouts" / run / "checkpoints")
     rows = [row for row in map(json.loads, lines) if "validation" not in row]
     timed = [row for row in rows if row["step"] > options.warmup]
     speed = statistics.median(row["tokens_per_second"] for row in timed) / processes

@@ -197,6 +197,8 @@ class RuntimeConfig:
 class CheckpointConfig:
     interval: int = 500
     """Steps between checkpoints; the last step and a stop signal save as well. 0: only those."""
+    at_end: bool = True
+    """Save the last step; false: a run that only measures something leaves none, a stop signal still does."""
     keep_last: int = 2
     keep_every: int = 0
     """Keep every checkpoint whose step is a multiple of this for good; 0: none."""

@@ -122,9 +122,12 @@ class Session:
         self._warn_of_device_groups()
         try:
             finished = self._train()
-            self._save()
+            is_kept = self.config.checkpoint.at_end or not finished
+            if is_kept:
+                self._save()
             self.checkpoints.wait()
-            self._require_saved()
+            if is_kept:
+                self._require_saved()
             if finished and self.config.telemetry.report:
                 self._report()
         finally:

@@ -43,6 +43,14 @@ def test_finished_run_changes_nothing_when_run_again(undisturbed: Path, cache: P
     assert (final_state(undisturbed), metrics(undisturbed)) == before
 
 
+def test_a_run_that_only_measures_leaves_no_last_checkpoint(tmp_path: Path, cache: Path, undisturbed: Path) -> None:
+    train(tmp_path, cache, STEPS, "checkpoint.interval=50", EVALUATE, "checkpoint.at_end=false")
+    assert [folder.name for folder in (tmp_path / "t" / "r" / "checkpoints").glob("step-*")] == ["step-00000050"]
+    assert metrics(tmp_path) == metrics(undisturbed)
+    train(tmp_path, cache, STEPS, "checkpoint.interval=50", EVALUATE)
+    assert_equal_runs(tmp_path, undisturbed)
+
+
 def test_repeatable_kernels_change_no_bit_on_a_cpu(tmp_path: Path, cache: Path, undisturbed: Path) -> None:
     """And torch has such a kernel for everything a step does, as far as a CPU can tell."""
     train(tmp_path, cache, STEPS, SAVE, EVALUATE, "runtime.deterministic=true")
