@@ -184,13 +184,17 @@ class RuntimeConfig:
     activation_checkpointing: str = "none"
     """none; full: recompute blocks in the backward pass; selective: all but matrix products, attention and exchanges
     between ranks. Routing choices are saved, never recomputed."""
-    loss_chunk_size: int = 8192
-    """Tokens whose logits exist at the same time."""
+    loss_chunk_size: int | None = None
+    """Tokens whose logits exist at the same time; null: `chunk_size`."""
     deterministic: bool = False
     """CUDA: only kernels that return the same bits each time, so that a resumed run equals an undisturbed one (a CPU
     run always does)."""
     detect_sync: bool = False
     """Fail when a step outside logging makes the host wait for the device (CUDA)."""
+
+    def chunk_size(self, device: str) -> int:
+        """`loss_chunk_size`; where it is null 8,192, on a CPU 128, whose logits its cache holds."""
+        return self.loss_chunk_size or (128 if device == "cpu" else 8192)
 
 
 @dataclass

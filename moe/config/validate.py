@@ -171,7 +171,8 @@ def _check_runtime(runtime: RuntimeConfig) -> None:
         ("auto", "sdpa", "flash_attn", "flash_attn_3", "flash_attn_4"),
     )
     require(0 <= runtime.num_threads <= 1024, "runtime.num_threads", "between 0 and 1024", runtime.num_threads)
-    require(runtime.loss_chunk_size >= 1, "runtime.loss_chunk_size", "at least 1", runtime.loss_chunk_size)
+    size = runtime.loss_chunk_size
+    require(size is None or size >= 1, "runtime.loss_chunk_size", "at least 1", size)
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:

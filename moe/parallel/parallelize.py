@@ -139,17 +139,24 @@ def _shard(
         module.set_force_sum_reduction_for_comms(True)
     if runtime.compile and world.device.type == "cuda":
         _add_gradients_in_one_pass(model)
+    if world.layout.replicate == 1:
+        _keep_gradients_of_one_rank(model)
     _prefetch(model)
+
+
+def _fsdp_groups(model: Transformer) -> list[Any]:
+    """FSDP2's own parts, each the parameters that it gathers and whose gradients it reduces together."""
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in _fsdp_modules(model)]
+    return [group for group in groups if group]
 
 
 def _add_gradients_in_one_pass(model: Transformer) -> None:
     """FSDP2 adds a micro-batch's bfloat16 gradients to the float32 sums by a kernel that converts them one by one, at
     60 % of the memory's bandwidth; a compiled one keeps up with the memory."""
     add = torch.compile(_add, dynamic=True)
-    for module in _fsdp_modules(model):
-        group = module._get_fsdp_state()._fsdp_param_group
-        for parameter in group.fsdp_params if group else ():
-            parameter.accumulate_unsharded_grad_if_needed = partial(_accumulate, parameter, add)  # type: ignore[method-assign]
+    for group in _fsdp_groups(model):
+        for parameter in group.fsdp_params:
+            parameter.accumulate_unsharded_grad_if_needed = partial(_accumulate, parameter, add)
 
 
 def _accumulate(parameter: Any, add: Callable[[Tensor, Tensor], None]) -> None:
@@ -163,17 +170,50 @@ def _add(total: Tensor, part: Tensor) -> None:
     total.add_(part)
 
 
+def _keep_gradients_of_one_rank(model: Transformer) -> None:
+    """Where one rank holds all of a group, FSDP2 reduces nothing, but copies the gradients into a buffer, divides that
+    by one into another and copies it into a third: here they are what they are, in float32."""
+    for group in _fsdp_groups(model):
+        if group.mesh_info.shard_mesh_size == 1:
+            group.post_backward = partial(_keep_gradients, group, group.post_backward)
+
+
+def _keep_gradients(group: Any, accumulate_or_reduce: Callable[..., None], *unused: Any) -> None:
+    if not group.reduce_grads:
+        accumulate_or_reduce()
+        return
+    group.reduce_grads = False
+    accumulate_or_reduce()
+    group.reduce_grads = True
+    for parameter in group.fsdp_params:
+        _hand_over_gradient(parameter)
+
+
+def _hand_over_gradient(parameter: Any) -> None:
+    """From the copy that was computed with to the parameter itself, the shard that is the whole."""
+    if not hasattr(parameter, "_unsharded_param"):
+        return
+    gradient = parameter.unsharded_accumulated_grad
+    if gradient is None:
+        gradient = parameter._unsharded_param.grad
+    parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
+    if gradient is None:
+        return
+    if parameter.sharded_param.grad is not None:
+        local(parameter.sharded_param.grad).add_(local(gradient))
+    else:
+        parameter.sharded_param.grad = parameter.to_sharded_dtensor(local(gradient))
+
+
 def _mend_empty_share(experts: nn.Module) -> None:
     """Of a rank left without experts (5 on 4 ranks): FSDP narrows the sharded dimension of an empty parameter to
     nothing as well, which is not what the other ranks take its shape to be."""
     assert isinstance(experts, FSDPModule)
-    group = experts._get_fsdp_state()._fsdp_param_group
-    for parameter in group.fsdp_params if group else ():
+    group: Any = experts._get_fsdp_state()._fsdp_param_group
+    for parameter in group.fsdp_params:
         own = local(parameter.sharded_param)
         if not own.numel():
-            parameter.sharded_param._local_tensor = own.new_empty(  # type: ignore[attr-defined]
-                parameter.padded_sharded_param_size
-            )
+            parameter.sharded_param._local_tensor = own.new_empty(parameter.padded_sharded_param_size)
 
 
 def _fsdp_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:

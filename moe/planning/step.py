@@ -46,7 +46,7 @@ def step_of(config: Config, layout: Layout, gpu: GPU | None = None) -> Step:
         seq_len=config.data.seq_len,
         compute_bytes={"float32": 4, "bfloat16": 2}[train.compute_dtype],
         num_languages=max(1, len({source.language for source in config.data.sources.values()})),
-        loss_chunk_size=runtime.loss_chunk_size,
+        loss_chunk_size=runtime.chunk_size(runtime.device),
         recompute="none" if is_left_to_compiler else runtime.activation_checkpointing,
         reshard=config.parallel.reshard,
         kernels="cpu" if runtime.device == "cpu" else "compiled" if runtime.compile else "eager",

@@ -104,7 +104,7 @@ class Session:
                 num_languages=len(self.text.languages),
                 expert_backend=self.backends["expert_backend"],
                 attention_backend=self.backends["attention_backend"],
-                loss_chunk_size=runtime.loss_chunk_size,
+                loss_chunk_size=runtime.chunk_size(self.world.device.type),
             )
         parallelize(model, self.world, self._compute_dtype, runtime, self.config.parallel)
         model.to_empty(device=self.world.device)

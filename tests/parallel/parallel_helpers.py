@@ -59,7 +59,7 @@ def build_model(config: Config, world: World) -> Transformer:
         config.model.build(),
         num_languages=LANGUAGES,
         expert_backend=runtime.expert_backend,
-        loss_chunk_size=runtime.loss_chunk_size,
+        loss_chunk_size=runtime.chunk_size("cpu"),
     )
     initialise(model, config.model.initializer_range, seed=0)
     parallelize(model, world, dtype, runtime, config.parallel)
