@@ -86,8 +86,12 @@ def accumulated_bytes(model: ModelConfig, layout: Layout, step: Step, rank: int 
 
 
 def reduction_bytes(model: ModelConfig, layout: Layout, step: Step, rank: int = 0) -> int:
-    """The largest group's gradients while FSDP reduces them: in the compute dtype and, to be sent, in float32."""
-    return (step.compute_bytes + FLOAT32) * max(group.gathered for group in weight_groups(model, layout, rank))
+    """The largest group's gradients while FSDP reduces them: in the compute dtype and, to be sent, in float32. A group
+    of one rank sends nothing: they become float32 one by one, or are added to those of earlier micro-batches."""
+    of_one = FLOAT32 if step.micro_batches == 1 else step.compute_bytes
+    sizes = {True: of_one, False: step.compute_bytes + FLOAT32}
+    groups = weight_groups(model, layout, rank)
+    return max(g.gathered * sizes[layout.replicate == getattr(layout, g.axis) == 1] for g in groups)
 
 
 def activation_bytes(model: ModelConfig, layout: Layout, step: Step) -> dict[str, int]:

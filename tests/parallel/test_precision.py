@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,42 @@ def test_blocks_compute_in_bfloat16_and_routers_in_float32(world: World) -> None
     assert len(linears) == 3 * 4 + 3 + 2 * 3
     assert set(linears.values()) == {(torch.bfloat16, torch.bfloat16)}
     assert {t.dtype for r in routings for t in (r.logits, r.scores, r.weights) if t is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("parts", "reshard"), [(1, False), (2, False), (2, True)])
+def test_one_rank_keeps_the_gradients_that_fsdp_would_copy(
+    world: World, dtype: str, parts: int, reshard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(dtype)
+    config.parallel.reshard = reshard
+    found, copied = [], []
+    for is_kept in (True, False):
+        if not is_kept:
+            monkeypatch.setattr(
+                sys.modules["moe.parallel.parallelize"], "_keep_gradients_of_one_rank", lambda model: None
+            )
+        model = build_model(config, world)
+        with WholeCopyCounter() as counter:
+            for number, batch in enumerate(split(ragged_batch(), parts)):
+                mark_last_micro_batch(model, number == parts - 1, reshard)
+                step_loss(model, batch, 64, 64).backward()
+        found.append(gradients(model))
+        copied.append(counter.calls)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert copied[0] == 0
+    assert copied[1] > 0
+
+
+class WholeCopyCounter(TorchDispatchMode):
+    """Counts the calls by which FSDP2 copies the gradients of a group into one buffer."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += func is torch.ops.fsdp.chunk_cat.default
+        return func(*args, **(kwargs or {}))
 
 
 def recording(experts: GroupedExperts, seen: list[tuple[torch.dtype, ...]]) -> Callable[..., Tensor]:
