@@ -199,10 +199,11 @@ def _hand_over_gradient(parameter: Any) -> None:
     parameter.unsharded_accumulated_grad = parameter._unsharded_param.grad = None
     if gradient is None:
         return
+    own = parameter._get_grad_inner_tensor(gradient)  # under tensor parallelism, of this rank's part
     if parameter.sharded_param.grad is not None:
-        local(parameter.sharded_param.grad).add_(local(gradient))
+        local(parameter.sharded_param.grad).add_(own)
     else:
-        parameter.sharded_param.grad = parameter.to_sharded_dtensor(local(gradient))
+        parameter.sharded_param.grad = parameter.to_sharded_dtensor(own)
 
 
 def _mend_empty_share(experts: nn.Module) -> None:

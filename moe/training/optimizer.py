@@ -70,8 +70,7 @@ def gradient_norm(model: nn.Module, world: World) -> Tensor:
     return world.sum(total).sqrt().float()
 
 
-@torch.no_grad()
-def clip_gradients(model: nn.Module, norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their norm is at most `max_norm`."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of this norm are to be divided by for one of at most `max_norm`; AdamW's kernel does that in
+    passing (`grad_scale`)."""
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0)

@@ -16,7 +16,7 @@ from moe.parallel import World, mark_last_micro_batch, sum_token_gradients
 from moe.telemetry.accumulator import MetricAccumulator, StepSums
 from moe.training.forward import forward
 from moe.training.guard import StepGuard
-from moe.training.optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate, optimizer_tensors
+from moe.training.optimizer import build_optimizer, clipping_scale, gradient_norm, learning_rate, optimizer_tensors
 from moe.training.signals import StopSignal
 
 
@@ -78,11 +78,11 @@ class Trainer:
         sum_token_gradients(self.model, self.world)
         norm = gradient_norm(self.model, self.world)
         keep = self.guard.judge(self.sums.cross_entropy / num_labels, norm)
-        clip_gradients(self.model, norm, optim.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.train.steps, optim.lr, optim.schedule)
+        self.optimizer.grad_scale = clipping_scale(norm, optim.max_grad_norm)  # type: ignore[attr-defined]
         # the fused kernel leaves parameters, moments and step counts bitwise alone when found_inf is 1
-        self.optimizer.found_inf, self.optimizer.grad_scale = 1 - keep, None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = 1 - keep  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.mixtures and self.model.config.bias_update_speed > 0:

@@ -16,6 +16,7 @@ from parallel_helpers import (
     SEQUENCES,
     build_model,
     build_trainer,
+    clipped_step,
     config_of,
     differing,
     full,
@@ -35,7 +36,7 @@ from moe.model import Transformer, initialise
 from moe.model.init import _begins
 from moe.parallel import Layout, World, build_world, local, mark_last_micro_batch, sum_token_gradients
 from moe.training.evaluation import evaluate
-from moe.training.optimizer import clip_gradients, gradient_norm
+from moe.training.optimizer import gradient_norm
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 from moe.training.trainer import Trainer
@@ -137,8 +138,7 @@ def _first_step(options: str) -> FirstStep:
     model = build_model(config, alone())
     terms = one_step(alone(), model, config, ragged_batch(), 1)
     norm, before = gradient_norm(model, alone()), copied(gradients(model))
-    clip_gradients(model, norm, 0.1)
-    return FirstStep(terms, norm, before, copied(gradients(model)))
+    return FirstStep(terms, norm, before, clipped_step(model, config, norm, 0.1))
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,8 +160,7 @@ def check_first_step(
     assert_gradients_close(gradients(shared), expected.gradients, 1e-5)
     norm = gradient_norm(shared, world)
     torch.testing.assert_close(norm, expected.norm, rtol=1e-5, atol=0)
-    clip_gradients(shared, norm, 0.1)
-    assert_gradients_close(gradients(shared), expected.clipped, 1e-5)
+    assert_gradients_close(clipped_step(shared, config, norm, 0.1), expected.clipped, 1e-5)
 
 
 class Steps(NamedTuple):

@@ -14,6 +14,7 @@ from moe.config import ArchitectureConfig, Config
 from moe.config.schema import GuardConfig, RuntimeConfig, TrainConfig
 from moe.model import IGNORE_INDEX, Transformer, initialise
 from moe.parallel import World, mark_last_micro_batch, parallelize
+from moe.training.optimizer import build_optimizer, clipping_scale, optimizer_tensors
 from moe.training.signals import StopSignal
 from moe.training.trainer import Trainer, balance_sum
 
@@ -140,6 +141,15 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
         if p.grad is None and isinstance(p, DTensor) and not p.to_local().numel():
             found[name] = torch.zeros_like(p)
     return {name: full(gradient).clone() for name, gradient in found.items() if gradient is not None}
+
+
+def clipped_step(model: Transformer, config: Config, norm: Tensor, max_norm: float) -> dict[str, Tensor]:
+    """Take AdamW's first step -> the gradients that it took, clipped, as its first moments show them."""
+    optimizer: Any = build_optimizer(model, config.optim)
+    optimizer.grad_scale, optimizer.found_inf = clipping_scale(norm, max_norm), torch.zeros(())
+    optimizer.step()
+    rate = 1 - config.optim.beta1
+    return {name: full(slots["exp_avg"]) / rate for name, slots in optimizer_tensors(model, optimizer).items()}
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
