@@ -200,7 +200,7 @@ class RuntimeConfig:
 @dataclass
 class CheckpointConfig:
     interval: int = 500
-    """Steps between checkpoints; the last step and a stop signal save as well. 0: only those."""
+    """Steps between checkpoints; the last step (`at_end`) and a stop signal save as well. 0: only those."""
     at_end: bool = True
     """Save the last step; false: a run that only measures something leaves none, a stop signal still does."""
     keep_last: int = 2

@@ -66,7 +66,9 @@ class GroupedExperts(nn.Module):
         """`Visitors` -> (M, H), the gated sum of the experts here."""
         gate_up_proj, down_proj = local(self.gate_up_proj), local(self.down_proj)
         if not len(gate_up_proj):  # no token comes to a rank that was left without an expert, but it takes part
-            return x * weights.sum(dim=1, keepdim=True).to(x.dtype)
+            nothing = x * weights.sum(dim=1, keepdim=True).to(x.dtype)
+            needs_grad = torch.is_grad_enabled() and gate_up_proj.requires_grad
+            return nothing.requires_grad_() if needs_grad and not nothing.requires_grad else nothing
         return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, self.backend)
 
     def route(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ from moe.model.experts import Visitors
 from moe.model.router import KeptChoice, Routing
 from moe.parallel.layout import expert_share
 
+# its name from torch 2.13 on; the functional form would be taken for tensor parallelism's by `moe.model.recompute`
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -35,7 +38,7 @@ class Sizes:
     received: list[int]
     """Tokens from each rank."""
     choices: int
-    """Of the received tokens, that fell on experts of this rank: R, their rows."""
+    """Choices of the received tokens that fell on experts of this rank, each of them a row: R."""
     before: int
     """Rows of all ranks' choices that fell on experts of lower ranks."""
 
@@ -103,10 +106,12 @@ class ExchangeDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing, plan: Plan) -> Travelling:
         """(N, H) tokens -> rows under way to their experts."""
+        assert routing.weights.dtype == torch.float32  # beside which the places' bits stay what they are
         choices = torch.cat([routing.weights, plan.places.view(torch.float32)], dim=1)
         sizes = plan.sizes.wait()
         by_rank = leading_rows(plan.by_rank, sum(sizes.sent))
-        way, choices_way = (_Way(sizes.received, sizes.sent, self.group) for _ in range(2))
+        way = _Way(sizes.received, sizes.sent, self.group)
+        choices_way = _Way(sizes.received, sizes.sent, self.group)
         choices = choices_way.start(gather_rows(choices, by_rank))
         rows = way.start(gather_rows(x, by_rank))
         return Travelling(rows, choices, way, choices_way, by_rank, plan.loads, sizes)
@@ -117,7 +122,7 @@ class ExchangeDispatcher:
         weights, places = travelling.choices_way.finish(travelling.choices).chunk(2, dim=1)
         end, (tokens, top_k) = travelling.sizes.choices, weights.shape
         rows = places.detach().contiguous().view(torch.int32).long() - travelling.sizes.before
-        rows.masked_fill_((rows < 0) | (rows >= end), end)  # of experts elsewhere
+        rows.masked_fill_((rows < 0) | (rows >= end), end)  # of experts elsewhere: no row, and none reads the last slot
         slots = torch.arange(tokens * top_k, device=rows.device)
         slot_of_row = torch.empty(end + 1, dtype=torch.int64, device=rows.device).scatter_(0, rows.flatten(), slots)
         permutation = Permutation(slot_of_row[:-1], slot_of_row[:-1] // top_k, rows, travelling.loads, None)
@@ -139,7 +144,7 @@ class ExchangeDispatcher:
     def _gather(self, counts: Tensor) -> Tensor:
         """(E + P,) -> (P, E + P)."""
         gathered = counts.new_empty(self.parts * len(counts))
-        dist.all_gather_into_tensor(gathered, counts, group=self.group)
+        _all_gather(gathered, counts, group=self.group)
         return gathered.view(self.parts, -1)
 
     def _place(self, expert_indices: Tensor, by_expert: Permutation, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -131,8 +131,9 @@ def _rows(model: ModelConfig, layout: Layout, step: Step, rows: Rows) -> Iterato
     passes = 3 if step.recompute == "full" else 2
     size = passes * (rows.sent + rows.received) * model.hidden_size * step.compute_bytes
     yield ("expert", "all_to_all", "rows"), 2 * passes * calls, size
-    choices = ((passes - 1) * rows.sent + rows.received) * 2 * model.num_experts_per_tok * FLOAT32
-    yield ("expert", "all_to_all", "choices"), passes * calls, choices
+    learned = int(model.routing == "learned")  # gate values of a hash have no gradient to send back
+    choices = ((passes - 1) * rows.sent + learned * rows.received) * 2 * model.num_experts_per_tok * FLOAT32
+    yield ("expert", "all_to_all", "choices"), (passes - 1 + learned) * calls, choices
     yield (
         ("expert", "all_gather", "counts"),
         calls,

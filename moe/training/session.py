@@ -112,7 +112,7 @@ class Session:
         return model
 
     def execute(self) -> bool:
-        """Resume if there is something to resume, train, leave a checkpoint; False when a signal ended it early."""
+        """Resume what there is to resume, train, leave a checkpoint (`at_end`); False when a signal came first."""
         with only_writer(self.folder) if self.world.is_main else nullcontext():
             return self._execute()
 

@@ -61,6 +61,13 @@ SMALL = [
     "run=r",
     "name=t",
 ]
+HASHED = {
+    "routing": "hash",
+    "aux_loss_alpha": 0.0,
+    "device_aux_loss_alpha": 0.0,
+    "router_z_loss_alpha": 0.0,
+    "bias_update_speed": 0.0,
+}
 LAYOUTS = [
     Layout(shard=2),
     Layout(shard=4),

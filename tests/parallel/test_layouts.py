@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from layout_world import (
     FEW,
+    HASHED,
     LAYOUTS,
     check_device_groups,
     check_first_step,
@@ -27,13 +28,6 @@ from worlds import Outcomes, Scenario, play
 from moe.parallel import Layout
 
 WORLD_SIZE = 4
-HASHED = {
-    "routing": "hash",
-    "aux_loss_alpha": 0.0,
-    "device_aux_loss_alpha": 0.0,
-    "router_z_loss_alpha": 0.0,
-    "bias_update_speed": 0.0,
-}
 EXPERT_LAYOUTS = [
     Layout(shard=2, expert=2),
     Layout(shard=4, expert=4),

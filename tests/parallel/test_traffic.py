@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from layout_world import LAYOUTS
+from layout_world import HASHED, LAYOUTS
 from parallel_helpers import SEQUENCES
 from planning_world import check_state, check_traffic
 from worlds import Outcomes, Scenario, play
@@ -47,6 +47,14 @@ def cases() -> dict[str, Scenario]:
         add(check_traffic, layout, "logits in chunks", runtime={"loss_chunk_size": 7})
         add(check_traffic, layout, "pooled balance", seq_aux=False)
         add(check_traffic, layout, "5 experts, none shared", n_shared_experts=0, **FEW)
+    add(check_traffic, Layout(shard=4, expert=2), "hashed", **HASHED)
+    add(
+        check_traffic,
+        Layout(shard=4, expert=4),
+        "hashed, recomputed",
+        runtime={"activation_checkpointing": "full"},
+        **HASHED,
+    )
     return found
 
 
