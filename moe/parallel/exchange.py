@@ -37,10 +37,10 @@ class Sizes:
     """Tokens to each rank."""
     received: list[int]
     """Tokens from each rank."""
-    choices: int
-    """Choices of the received tokens that fell on experts of this rank, each of them a row: R."""
+    rows: int
+    """R, the received tokens' choices of experts of this rank."""
     before: int
-    """Rows of all ranks' choices that fell on experts of lower ranks."""
+    """All ranks' choices of experts of lower ranks, whose rows come first."""
 
 
 class Plan(NamedTuple):
@@ -61,10 +61,10 @@ class Travelling:
 
     rows: Tensor
     """(M, H), undefined until received."""
-    choices: Tensor
+    gates: Tensor
     """(M, 2 K) float32, likewise: gate values, and places as their bits."""
     way: _Way
-    choices_way: _Way
+    gates_way: _Way
     by_rank: Permutation
     """Of the S sent rows."""
     loads: Tensor
@@ -81,7 +81,7 @@ class ExchangeDispatcher:
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
         self.num_experts, self.group = num_experts, group
         self.parts, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.share = len(expert_share(num_experts, self.parts, 0))
+        self.per_rank = len(expert_share(num_experts, self.parts, 0))
         self.own = expert_share(num_experts, self.parts, self.rank)
 
     def compile(self) -> None:
@@ -107,20 +107,20 @@ class ExchangeDispatcher:
     def dispatch(self, x: Tensor, routing: Routing, plan: Plan) -> Travelling:
         """(N, H) tokens -> rows under way to their experts."""
         assert routing.weights.dtype == torch.float32  # beside which the places' bits stay what they are
-        choices = torch.cat([routing.weights, plan.places.view(torch.float32)], dim=1)
+        gates = torch.cat([routing.weights, plan.places.view(torch.float32)], dim=1)
         sizes = plan.sizes.wait()
         by_rank = leading_rows(plan.by_rank, sum(sizes.sent))
         way = _Way(sizes.received, sizes.sent, self.group)
-        choices_way = _Way(sizes.received, sizes.sent, self.group)
-        choices = choices_way.start(gather_rows(choices, by_rank))
+        gates_way = _Way(sizes.received, sizes.sent, self.group)
+        gates = gates_way.start(gather_rows(gates, by_rank))
         rows = way.start(gather_rows(x, by_rank))
-        return Travelling(rows, choices, way, choices_way, by_rank, plan.loads, sizes)
+        return Travelling(rows, gates, way, gates_way, by_rank, plan.loads, sizes)
 
     def receive(self, travelling: Travelling) -> Visitors:
         """-> the tokens that have experts here, and the rows of these."""
         x = travelling.way.finish(travelling.rows)
-        weights, places = travelling.choices_way.finish(travelling.choices).chunk(2, dim=1)
-        end, (tokens, top_k) = travelling.sizes.choices, weights.shape
+        weights, places = travelling.gates_way.finish(travelling.gates).chunk(2, dim=1)
+        end, (tokens, top_k) = travelling.sizes.rows, weights.shape
         rows = places.detach().contiguous().view(torch.int32).long() - travelling.sizes.before
         rows.masked_fill_((rows < 0) | (rows >= end), end)  # of experts elsewhere: no row, and none reads the last slot
         slots = torch.arange(tokens * top_k, device=rows.device)
@@ -135,7 +135,7 @@ class ExchangeDispatcher:
 
     def _sort(self, expert_indices: Tensor, valid: Tensor) -> tuple[Permutation, Permutation, Tensor]:
         """(N, K) experts -> their slots by expert and by rank, and how many tokens each of either gets, (E + P,)."""
-        ranks = expert_indices // self.share
+        ranks = expert_indices // self.per_rank
         is_repeated = (ranks.unsqueeze(2) == ranks.unsqueeze(1)).tril(-1).any(dim=2)
         by_expert = sort_by_expert(expert_indices, self.num_experts, valid)
         by_rank = sort_by_expert(torch.where(is_repeated, self.parts, ranks), self.parts, valid)
@@ -148,7 +148,7 @@ class ExchangeDispatcher:
         return gathered.view(self.parts, -1)
 
     def _place(self, expert_indices: Tensor, by_expert: Permutation, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> `Plan.places`, `Plan.loads` and sizes (2 P + 2,): sent, received, choices and before."""
+        """-> `Plan.places`, `Plan.loads` and sizes (2 P + 2,): sent, received, rows and before."""
         loads, tokens = counts.split([self.num_experts, self.parts], dim=1)
         total, mine = loads.sum(dim=0), loads[self.rank]
         begin = total.cumsum(0) - total
@@ -175,8 +175,8 @@ class SizesUnderWay:
         """What has arrived; work that was launched later is not waited for."""
         if self._event is not None:
             self._event.synchronize()
-        *rows, choices, before = self._sizes.tolist()
-        return Sizes(rows[: len(rows) // 2], rows[len(rows) // 2 :], choices, before)
+        *tokens, rows, before = self._sizes.tolist()
+        return Sizes(tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :], rows, before)
 
 
 class _Way:

@@ -279,9 +279,9 @@ def block_workspace_bytes(model: ModelConfig, layer: int, layout: Layout, step: 
     """The block's activations where they are recomputed; of a mixture, the gradients of its rows.
 
     Those are two products of the combine, float32, and the result in the compute dtype, (R, H) each; compiled, the
-    result alone and the gradient of the experts' hidden values; of experts that
-    are one operator the widest alone, since the hidden values give their memory to their gradient. An upper bound:
-    what lies after the combine (shared experts, statistics) is freed before.
+    result alone and the gradient of the experts' hidden values; of experts that are one operator the widest alone,
+    since the hidden values give their memory to their gradient. An upper bound: what lies after the combine (shared
+    experts, statistics) is freed before.
     """
     whole = sum(block_bytes(model, layer, layout, step).values())
     kept = {"none": whole, "full": 0, "selective": sum(kept_bytes(model, layer, layout, step).values())}

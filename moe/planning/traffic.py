@@ -134,11 +134,8 @@ def _rows(model: ModelConfig, layout: Layout, step: Step, rows: Rows) -> Iterato
     learned = int(model.routing == "learned")  # gate values of a hash have no gradient to send back
     choices = ((passes - 1) * rows.sent + learned * rows.received) * 2 * model.num_experts_per_tok * FLOAT32
     yield ("expert", "all_to_all", "choices"), (passes - 1 + learned) * calls, choices
-    yield (
-        ("expert", "all_gather", "counts"),
-        calls,
-        calls * layout.expert * (model.n_routed_experts + layout.expert) * INT64,
-    )
+    counts = layout.expert * (model.n_routed_experts + layout.expert) * INT64
+    yield ("expert", "all_gather", "counts"), calls, calls * counts
 
 
 def _sums(model: ModelConfig, step: Step) -> Iterator[_Term]:

@@ -122,12 +122,10 @@ class Session:
         self._warn_of_device_groups()
         try:
             finished = self._train()
-            is_kept = self.config.checkpoint.at_end or not finished
-            if is_kept:
+            if self.config.checkpoint.at_end or not finished:
                 self._save()
             self.checkpoints.wait()
-            if is_kept:
-                self._require_saved()
+            self._require_saved()
             if finished and self.config.telemetry.report:
                 self._report()
         finally:
@@ -220,10 +218,11 @@ class Session:
         self.saved = (self.step, self.validated_step)
 
     def _require_saved(self) -> None:
-        """The last checkpoint must exist: without it the run did not do what it was asked to."""
-        if self.checkpoints.newest_sound != self.step:
+        """The last checkpoint that was begun must exist: without it the run did not do what it was asked to."""
+        step, _ = self.saved
+        if step >= 0 and self.checkpoints.newest_sound != step:
             raise CheckpointError(
-                f"{self.folder / 'checkpoints'}: the checkpoint of step {self.step} could not be written; "
+                f"{self.folder / 'checkpoints'}: the checkpoint of step {step} could not be written; "
                 "mend that and run the same command again to go on from the newest intact one, if there is one"
             )
 
