@@ -7,14 +7,13 @@ that I can be sharded without interleaving. Under FSDP or tensor parallelism pas
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels import megablocks
+from moe.kernels import has_triton, megablocks
 from moe.kernels.permute import Permutation, combine_rows, gather_rows, sort_by_expert
 
 BACKENDS = ("loop", "grouped_mm", "triton", "quack", "megablocks")
@@ -36,7 +35,7 @@ def _is_installed(backend: str) -> bool:
         return megablocks.is_installed()
     if backend not in FUSED:
         return True
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return False
     try:
         return backend == "triton" or importlib.metadata.version("quack-kernels").startswith(QUACK_VERSION)

@@ -4,7 +4,7 @@
 
 Every tensor moves as seldom as the products allow; none is saved but x and the gate and up projections h, and h gives
 its memory to its own gradient. The products come from `moe.kernels.triton_products` (Triton and torch) or
-`moe.kernels.quack_products` (QuACK); both hold the same four functions.
+`moe.kernels.quack_products` (QuACK); both hold the same three functions.
 """
 
 from __future__ import annotations
@@ -71,8 +71,7 @@ def experts_backward(
             torch.zeros_like(t) for t in (x, h[:, 0].float() if weights is None else weights, w1, w2)
         )
         return dx, dweight, dw1, dw2
-    dweight, dw2 = compute.down_backward(dy.contiguous(), rows, w2, h)  # h is its own gradient from here on
-    dx, dw1 = compute.up_backward(h, x, rows, w1)
+    dx, dweight, dw1, dw2 = compute.backward(dy.contiguous(), h, x, rows, w1, w2)
     if row_of_slot is None or weights is None:
         return dx, dweight, dw1, dw2
     dweights = torch.where(row_of_slot < rows.used, dweight[row_of_slot.clamp(max=rows.total - 1)], 0)

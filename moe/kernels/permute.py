@@ -6,13 +6,13 @@ atomics and no host synchronisation, so that results are bitwise reproducible on
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe.kernels import has_triton
 
 
 class Permutation(NamedTuple):
@@ -99,7 +99,7 @@ def _sum_of_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = Non
 
 
 def _sum_on_device(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling() or not _has_triton():
+    if torch.compiler.is_compiling() or not has_triton():
         return _sum_of_copied_rows(rows, row_of_slot, weights)
     from moe.kernels.rows import sum_rows  # needs Triton
 
@@ -109,11 +109,6 @@ def _sum_on_device(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None) ->
 def _all_of(rows: Tensor) -> Tensor:
     """(1,) int32: their number, for kernels that leave out those of padding."""
     return torch.full((1,), len(rows), dtype=torch.int32, device=rows.device)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _sum_of_copied_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -175,7 +170,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y, weights, slot_of_row, token_of_row, row_of_slot = ctx.saved_tensors
-        if y.device.type == "cuda" and not torch.compiler.is_compiling() and _has_triton():
+        if y.device.type == "cuda" and not torch.compiler.is_compiling() and has_triton():
             from moe.kernels.rows import spread_rows  # needs Triton
 
             return *spread_rows(grad_out.contiguous(), y, row_of_slot, _all_of(y), weights), None, None, None

@@ -27,53 +27,56 @@ def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
     """x (T, H) by w1 (E, 2, I, H) -> h: gate and up interleaved (N, 2 I), and silu(gate) * up (N, I)."""
     width = w1.shape[2]
     h, a = x.new_empty(rows.total, 2 * width), x.new_empty(rows.total, width)
-    if rows.total:
-        tile = _tile(128, 224) if x.shape[1] >= LONG else _tile(128, 192, pingpong=True)
-        _quack().gated(
-            x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=_bounds(rows), A_idx=rows.token, config=tile,
-            concat_layout=("B",),
-        )  # fmt: skip
+    tile = _tile(128, 224) if x.shape[1] >= LONG else _tile(128, 192, pingpong=True)
+    _quack().gated(
+        x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=_bounds(rows), A_idx=rows.token, config=tile, concat_layout=("B",)
+    )
     return h, a
 
 
 def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     """a (N, I) by w2 (E, H, I) -> (N, H)."""
-    y = a.new_empty(rows.total, w2.shape[1])
-    if rows.total:
-        _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=_tile(128, 192, pingpong=True))
+    y, tile = a.new_empty(rows.total, w2.shape[1]), _tile(128, 192, pingpong=True)
+    _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=tile, dynamic_scheduler=True)
     return y
 
 
-def down_backward(dy: Tensor, rows: Rows, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """dy (T, H), the gradient of the weighted sums -> those of the weights (N,) and w2; overwrites h with its own."""
-    a, dw2 = h.new_empty(rows.total, w2.shape[2]), torch.empty_like(w2)
-    if not rows.total:
-        return dy.new_empty(0, dtype=torch.float32), dw2.zero_()
-    weighted, bounds = rows.weight is not None, _bounds(rows)
-    dweight = _quack().gated_backward(
+def backward(dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+    """dy (T, H), the gradient of the weighted sums -> those of the rows of x (N, H), of their weights (N,) where they
+    have any, of w1 and of w2. Overwrites h."""
+    bounds, weighted = _bounds(rows), rows.weight is not None
+    order = _heaviest_first(bounds)
+    a, dw1, dw2 = h.new_empty(rows.total, w2.shape[2]), torch.empty_like(w1), torch.empty_like(w2)
+    dweight = _quack().gated_backward(  # h is its own gradient from here on
         dy, w2, h, h, a, colvec_scale=rows.weight, colvec_reduce=weighted, cu_seqlens_m=bounds, A_idx=rows.token,
         dynamic_scheduler=False, config=_tile(128, 128, pingpong=True),
     )  # fmt: skip
-    _quack().plain(
-        dy.T, a, dw2, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 160, shared=None),
-        batch_idx_permute=_heaviest_first(bounds),
-    )  # fmt: skip
-    return dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw2
+    _weight_gradient(dy, a, rows, bounds, order, dw2)
+    del a
+    _weight_gradient(x, h, rows, bounds, order, dw1.flatten(1, 2).mT, concat_layout=("out",))
+    dx, tile = x.new_empty(rows.total, x.shape[1]), _tile(192, 128, pingpong=True, shared="rows")
+    _quack().plain(h, w1.flatten(1, 2), dx, cu_seqlens_m=bounds, config=tile, concat_layout=("B",))
+    return dx, dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw1, dw2
 
 
-def up_backward(dh: Tensor, x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """dh (N, 2 I) -> gradients of the rows of x (N, H) and of w1."""
-    dx, dw1 = x.new_empty(rows.total, x.shape[1]), torch.empty_like(w1)
-    if not rows.total:
-        return dx, dw1.zero_()
-    bounds = _bounds(rows)
+def _weight_gradient(
+    tokens: Tensor, grad: Tensor, rows: Rows, bounds: Tensor, order: Tensor, out: Tensor, **layout: Any
+) -> None:
+    """out (E, H, columns) = each expert's rows of `tokens` (T, H), transposed, by those of `grad` (N, columns).
+
+    An expert's tiles take as long as it has rows: whichever multiprocessor is free takes the next, heaviest first.
+    """
     _quack().plain(
-        x.T, dh, dw1.flatten(1, 2).mT, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 160, band=2),
-        concat_layout=("out",), batch_idx_permute=_heaviest_first(bounds),
+        tokens.T, grad, out, cu_seqlens_k=bounds, A_idx=rows.token, config=_weight_tile(*out.shape[1:]),
+        batch_idx_permute=order, dynamic_scheduler=True, **layout,
     )  # fmt: skip
-    tile = _tile(192, 128, pingpong=True, shared="rows")
-    _quack().plain(dh, w1.flatten(1, 2), dx, cu_seqlens_m=bounds, config=tile, concat_layout=("B",))
-    return dx, dw1
+
+
+def _weight_tile(hidden: int, columns: int) -> Any:
+    """192 columns, or 160 where these leave so much less of the last tile empty."""
+    if -(-columns // 192) * 200 <= -(-columns // 160) * 168:
+        return _tile(256, 192, shared=None, band=2)
+    return _tile(256, 160, shared="columns" if hidden % 512 == 0 else None, band=2)
 
 
 def _bounds(rows: Rows) -> Tensor:
@@ -82,8 +85,7 @@ def _bounds(rows: Rows) -> Tensor:
 
 
 def _heaviest_first(bounds: Tensor) -> Tensor:
-    """(E,) int32: experts by their load. A weight gradient's tiles take as long as their expert has rows, and are dealt
-    to the multiprocessors in turn: so each gets about as much, however uneven the load."""
+    """(E,) int32: experts by their load."""
     return bounds.diff().argsort(descending=True).to(torch.int32)
 
 

@@ -23,18 +23,16 @@ def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     return F.grouped_mm(a, w2.transpose(1, 2), offs=rows.ends)
 
 
-def down_backward(dy: Tensor, rows: Rows, w2: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """dy (T, H), the gradient of the weighted sums -> those of the weights (N,) and w2; overwrites h with its own."""
+def backward(dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+    """dy (T, H), the gradient of the weighted sums -> those of the rows of x (N, H), of their weights (N,) where they
+    have any, of w1 and of w2. Overwrites h."""
     dy = _gather(dy, rows)
     a = F.grouped_mm(dy, w2, offs=rows.ends)  # its gradient, which the next line turns into a times the weight
-    dweight = swiglu_backward(h, a, rows.weight, rows.used)
-    return dweight, F.grouped_mm(dy.t(), a, offs=rows.ends)
-
-
-def up_backward(dh: Tensor, x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """dh (N, 2 I) -> gradients of the rows of x (N, H) and of w1."""
-    dw1 = F.grouped_mm(dh.t(), _gather(x, rows), offs=rows.ends).view_as(w1)
-    return F.grouped_mm(dh, w1.flatten(1, 2), offs=rows.ends), dw1
+    dweight = swiglu_backward(h, a, rows.weight, rows.used)  # h is its own gradient from here on
+    dw2 = F.grouped_mm(dy.t(), a, offs=rows.ends)
+    del dy, a
+    dw1 = F.grouped_mm(h.t(), _gather(x, rows), offs=rows.ends).view_as(w1)
+    return F.grouped_mm(h, w1.flatten(1, 2), offs=rows.ends), dweight, dw1, dw2
 
 
 def _gather(x: Tensor, rows: Rows) -> Tensor:

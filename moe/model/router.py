@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config.model import ModelConfig
+from moe.kernels import has_triton
 from moe.kernels.router_product import router_product
 
 
@@ -89,8 +90,7 @@ class TopKRouter(nn.Module):
 
     def choose(self, log_scores: Tensor) -> Tensor:
         """(N, E) -> (N, K) experts."""
-        preference = log_scores if self.expert_bias is None else log_scores.exp() + self.expert_bias
-        return preference.topk(self.top_k, dim=-1, sorted=False).indices
+        return _top_k(log_scores if self.expert_bias is None else log_scores.exp() + self.expert_bias, self.top_k)
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor, keep: Tensor) -> None:
@@ -103,6 +103,14 @@ class TopKRouter(nn.Module):
         counts = counts.float()
         direction = torch.sign(counts.mean() - counts)
         self.expert_bias += self.bias_update_speed * keep * (direction - direction.mean())
+
+
+def _top_k(preference: Tensor, k: int) -> Tensor:
+    if not preference.is_cuda or preference.dtype != torch.float32 or not has_triton():
+        return preference.topk(k, dim=-1, sorted=False).indices
+    from moe.kernels.top_k import top_k  # needs Triton
+
+    return top_k(preference, k)
 
 
 class HashRouter(nn.Module):

@@ -138,7 +138,7 @@ def _shard(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if runtime.compile and world.device.type == "cuda":
-        _add_gradients_in_one_pass(model)
+        _compile_gradient_sums(model)
     if world.layout.replicate == 1:
         _keep_gradients_of_one_rank(model)
     _prefetch(model)
@@ -150,13 +150,26 @@ def _fsdp_groups(model: Transformer) -> list[Any]:
     return [group for group in groups if group]
 
 
-def _add_gradients_in_one_pass(model: Transformer) -> None:
-    """FSDP2 adds a micro-batch's bfloat16 gradients to the float32 sums by a kernel that converts them one by one, at
-    60 % of the memory's bandwidth; a compiled one keeps up with the memory."""
-    add = torch.compile(_add, dynamic=True)
+def _compile_gradient_sums(model: Transformer) -> None:
+    """FSDP2 makes float32 of a micro-batch's bfloat16 gradients, or adds them to the float32 sums, by kernels that
+    convert one number at a time, at 60 % of the memory's bandwidth; compiled ones keep up with the memory."""
+    convert, add = torch.compile(_convert, dynamic=True), torch.compile(_add, dynamic=True)
     for group in _fsdp_groups(model):
         for parameter in group.fsdp_params:
+            parameter.to_accumulated_grad_if_needed = partial(_begin_sum, parameter, convert)
             parameter.accumulate_unsharded_grad_if_needed = partial(_accumulate, parameter, add)
+
+
+def _begin_sum(parameter: Any, convert: Callable[[Tensor], Tensor]) -> None:
+    gradient = parameter._unsharded_param.grad
+    if gradient is None or gradient.dtype == parameter.reduce_dtype:
+        return
+    parameter._unsharded_param.grad = None
+    parameter.unsharded_accumulated_grad = gradient.float() if isinstance(gradient, DTensor) else convert(gradient)
+
+
+def _convert(gradient: Tensor) -> Tensor:
+    return gradient.float()
 
 
 def _accumulate(parameter: Any, add: Callable[[Tensor, Tensor], None]) -> None:

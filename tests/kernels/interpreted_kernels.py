@@ -14,6 +14,7 @@ from moe.kernels.experts import expert_mlp, permuted_experts, routed_experts
 from moe.kernels.permute import leading_rows, sort_by_expert
 from moe.kernels.reference import moe_reference
 from moe.kernels.rows import spread_rows, sum_rows, swiglu_backward
+from moe.kernels.top_k import top_k
 
 # Largest error allowed, relative to the root mean square of the tensor. A lost term costs about 1.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2}
@@ -199,3 +200,16 @@ def test_swiglu_backward(width: int, weighted: bool) -> None:
     assert torch.equal(da[5], before[1])
     if weighted:
         assert_close(dweight[:5], wanted[1][:5], torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "columns", "k"), [(37, 63, 7), (5, 64, 64), (1, 1, 1), (0, 5, 2), (3, 1500, 4)])
+def test_largest_of_every_row(rows: int, columns: int, k: int) -> None:
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(top_k(scores, k), scores.sort(dim=1, descending=True, stable=True).indices[:, :k])
+
+
+def test_largest_of_equals_infinities_and_nan() -> None:
+    inf, nan = torch.inf, torch.nan
+    scores = torch.tensor([[1.0, 2, 2, 1, 2], [-inf, -1, -inf, 0, inf], [-nan, -inf, -inf, -inf, -nan]])
+    assert top_k(scores, 4).tolist()[:2] == [[1, 2, 4, 0], [4, 3, 1, 0]]
+    assert sorted(top_k(scores, 5)[2].tolist()) == [0, 1, 2, 3, 4]
