@@ -1,4 +1,4 @@
-"""The K largest of every row in one pass, in Triton: torch's takes four times as long for rows as short as a router's."""
+"""The K largest of every row in one pass, in Triton: rows as short as a router's take torch four times as long."""
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _top_k(scores, out, rows, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOGETH
     column = tl.arange(0, BLOCK)
     inside = (row[:, None] < rows) & (column[None, :] < COLUMNS)
     bits = tl.load(scores + row[:, None] * COLUMNS + column[None, :], mask=inside, other=0).to(tl.int32, bitcast=True)
-    # As integers floats keep their order, but for the negative ones, which lie the other way round. In the lower half is
+    # As integers floats keep their order, but for the negative ones, which lie the other way round. The lower half is
     # the column, so that a maximum tells where it lies.
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
     nothing = -0x8000000000000000
