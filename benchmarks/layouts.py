@@ -6,13 +6,15 @@ r"""Train the same model under several parallel layouts and compare speed, memor
 Needs nothing but torchrun, which starts `train.py` once a layout; one that ends with `@N` runs on N GPUs instead of
 --gpus. What follows `--` goes to train.py. Speeds are the median log row after --warmup steps; efficiency is tokens a
 second and GPU over those of the first layout; the loss column is the largest relative difference of any log row's loss
-from the first layout's. Memory is the most that the first rank's allocator handed out.
+from the first layout's. Memory is the most that the first rank's allocator handed out. With --gpu what `moe.plan` says
+of that GPU stands beside speed and memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from moe.config import compose
+from moe.hardware import GPUS
+from moe.plan import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=10, help="steps at the start that are not timed (default: 10)")
     parser.add_argument("--log-interval", type=int, default=5)
+    parser.add_argument("--gpu", choices=GPUS, help="plan for this kind as well")
     parser.add_argument("--output", help="keep the run folders here")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("overrides", nargs="*", help="for train.py, after --")
@@ -90,11 +97,30 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
         "mfu": statistics.median(row["mfu"] or 0.0 for row in timed),
         "peak_memory_gib": max(row["memory_gib"] or 0.0 for row in rows),
         "losses": {row["step"]: row["loss"] for row in rows},
+        "planned": planned([*options.overrides, *overrides], processes, options.gpu) if options.gpu else None,
+    }
+
+
+def planned(overrides: list[str], processes: int, gpu: str) -> dict[str, float]:
+    """Of this layout and batch, nothing left to choose."""
+    config = compose(overrides)
+    chosen = [
+        f"train.micro_batch_size={config.train.micro_batch_size}",
+        f"runtime.activation_checkpointing={config.runtime.activation_checkpointing}",
+        f"parallel.reshard={str(config.parallel.reshard).lower()}",
+    ]
+    best = plan([*overrides, *chosen, f"gpus={processes}", f"gpu={gpu}"])["best"]
+    return {
+        "tokens_per_second_per_gpu": best["tokens_per_second_per_gpu"],
+        "peak_memory_gib": best["peak_bytes"] / 2**30,
     }
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(f"{'layout':28} {'GPUs':>4} {'tokens/s/GPU':>12} {'MFU':>6} {'efficiency':>10} {'peak GiB':>8} {'loss':>8}")
+    columns = (
+        f"{'layout':28} {'GPUs':>4} {'tokens/s/GPU':>12} {'MFU':>6} {'efficiency':>10} {'peak GiB':>8} {'loss':>8}"
+    )
+    print(f"{columns}  planned")
     first = results[0]
     for result in results:
         name = f"{result['layout'].partition('@')[0]:28} {result['gpus']:4}"
@@ -108,9 +134,18 @@ def print_table(results: list[dict[str, Any]]) -> None:
             difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
         print(
             f"{name} {result['tokens_per_second_per_gpu']:12,.0f} {result['mfu']:6.1%} {efficiency:10.1%} "
-            f"{result['peak_memory_gib']:8.2f} {difference:8.1e}"
+            f"{result['peak_memory_gib']:8.2f} {difference:8.1e}  {foretold(result)}"
         )
     print(flush=True)
+
+
+def foretold(result: dict[str, Any]) -> str:
+    """Planned figures, and by how much they exceed the measured ones."""
+    if not result["planned"]:
+        return ""
+    speed, memory = (result["planned"][key] for key in ("tokens_per_second_per_gpu", "peak_memory_gib"))
+    excess = speed / result["tokens_per_second_per_gpu"] - 1, memory / (result["peak_memory_gib"] or math.nan) - 1
+    return f"{speed:,.0f} ({excess[0]:+.0%}), {memory:.1f} GiB ({excess[1]:+.0%})"
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def _compile(model: Transformer, world: World, compute_dtype: torch.dtype) -> No
             _compile_mixture(block.mlp, world, compute_dtype)
         else:
             block.mlp.compile()
-    if model.lm_head is not None and world.layout.tensor == 1:
+    if model.norm is not None and model.lm_head is not None and world.layout.tensor == 1:
+        model.norm.compile()
         model.lm_head.score = torch.compile(model.lm_head.score)
 
 
