@@ -2,7 +2,7 @@
 CuTe for Hopper, with the gather and SwiGLU inside in both passes.
 
 What QuACK chooses without tuning is not the fastest for fine experts, and its tuner waits for the device, so the tiles
-are fixed here, by operation: the fastest of 366 tried at three shapes (docs/performance.md). QuACK interleaves gate and
+are fixed here, by operation: the fastest of several hundred tried at six shapes (docs/performance.md). QuACK interleaves gate and
 up in h, and takes stacked weights as they are ("concat").
 """
 
@@ -67,16 +67,9 @@ def _weight_gradient(
     An expert's tiles take as long as it has rows: whichever multiprocessor is free takes the next, heaviest first.
     """
     _quack().plain(
-        tokens.T, grad, out, cu_seqlens_k=bounds, A_idx=rows.token, config=_weight_tile(*out.shape[1:]),
+        tokens.T, grad, out, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 192, shared=None, band=2),
         batch_idx_permute=order, dynamic_scheduler=True, **layout,
     )  # fmt: skip
-
-
-def _weight_tile(hidden: int, columns: int) -> Any:
-    """192 columns, or 160 where these leave so much less of the last tile empty."""
-    if -(-columns // 192) * 200 <= -(-columns // 160) * 168:
-        return _tile(256, 192, shared=None, band=2)
-    return _tile(256, 160, shared="columns" if hidden % 512 == 0 else None, band=2)
 
 
 def _bounds(rows: Rows) -> Tensor:
