@@ -89,6 +89,10 @@ class Contestant:
                 self._measure(steps, warmup, profiled)
             except (torch.OutOfMemoryError, ImportError) as error:
                 self.problem = str(error).splitlines()[0][:160]
+            except Exception as error:
+                if self.peer is None:
+                    raise
+                self.problem = f"{type(error).__name__}: {error}".splitlines()[0][:160]  # peers fail in any way
         torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_available():
@@ -105,7 +109,7 @@ class Contestant:
                 step = self._stepper(session)
                 for _ in range(warmup):
                     step()
-                with forbid_sync(world.device, active=config.runtime.detect_sync):
+                with forbid_sync(world.device, active=config.runtime.detect_sync and self.peer is None):
                     self.times += _times(step, steps, world.device)
                 if world.device.type == "cuda":
                     self.peak_gib = torch.cuda.max_memory_allocated() / 2**30

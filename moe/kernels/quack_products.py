@@ -2,8 +2,8 @@
 CuTe for Hopper, with the gather and SwiGLU inside in both passes.
 
 What QuACK chooses without tuning is not the fastest for fine experts, and its tuner waits for the device, so the tiles
-are fixed here, by operation: the fastest of several hundred tried at six shapes (docs/performance.md). QuACK interleaves gate and
-up in h, and takes stacked weights as they are ("concat").
+are fixed here, by operation: the fastest of hundreds tried at six shapes (docs/performance.md). QuACK interleaves gate
+and up in h, and takes stacked weights as they are ("concat").
 """
 
 from __future__ import annotations
