@@ -36,7 +36,7 @@ def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
 
 def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     """a (N, I) by w2 (E, H, I) -> (N, H)."""
-    y, tile = a.new_empty(rows.total, w2.shape[1]), _tile(128, 192, pingpong=True)
+    y, tile = a.new_empty(rows.total, w2.shape[1]), _tile(128, 160, pingpong=True)
     _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=tile, dynamic_scheduler=True)
     return y
 
