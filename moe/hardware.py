@@ -12,8 +12,6 @@ class GPU(NamedTuple):
     """A part of the name that the driver gives it."""
     peak_tflops: float
     """Dense bfloat16 TFLOP/s."""
-    float32_tflops: float
-    """Outside the tensor cores, as routers compute."""
     memory_gib: float
     """Of what is printed on it, as much as a process can allocate."""
     memory_bandwidth: float
@@ -29,15 +27,15 @@ class GPU(NamedTuple):
 
 
 GPUS = {
-    "b200": GPU("B200", 2250.0, 75.0, 178.0, 8000.0, 900.0, 50.0),
-    "h200": GPU("H200", 989.0, 67.0, 139.8, 4800.0, 450.0, 50.0),
-    "h100": GPU("H100", 989.0, 67.0, 79.1, 3350.0, 450.0, 50.0),
-    "h100_pcie": GPU("H100 PCIe", 756.0, 51.0, 79.1, 2000.0, 64.0, 50.0),
-    "h800": GPU("H800", 989.0, 67.0, 79.1, 3350.0, 200.0, 50.0),
-    "a100": GPU("A100", 312.0, 19.5, 79.1, 2039.0, 300.0, 25.0),
-    "a800": GPU("A800", 312.0, 19.5, 79.1, 2039.0, 200.0, 25.0),
-    "l40s": GPU("L40S", 362.0, 91.6, 44.4, 864.0, 32.0, 25.0),
-    "rtx_4090": GPU("RTX 4090", 165.0, 82.6, 23.5, 1008.0, 32.0, 12.5),
+    "b200": GPU("B200", 2250.0, 178.0, 8000.0, 900.0, 50.0),
+    "h200": GPU("H200", 989.0, 139.8, 4800.0, 450.0, 50.0),
+    "h100": GPU("H100", 989.0, 79.1, 3350.0, 450.0, 50.0),
+    "h100_pcie": GPU("H100 PCIe", 756.0, 79.1, 2000.0, 64.0, 50.0),
+    "h800": GPU("H800", 989.0, 79.1, 3350.0, 200.0, 50.0),
+    "a100": GPU("A100", 312.0, 79.1, 2039.0, 300.0, 25.0),
+    "a800": GPU("A800", 312.0, 79.1, 2039.0, 200.0, 25.0),
+    "l40s": GPU("L40S", 362.0, 44.4, 864.0, 32.0, 25.0),
+    "rtx_4090": GPU("RTX 4090", 165.0, 23.5, 1008.0, 32.0, 12.5),
 }
 
 
@@ -51,8 +49,6 @@ class Attained(NamedTuple):
     """Of the peak: the experts' matrix products."""
     attention: float = 0.43
     """Of the peak: causal attention forward and backward, FLOPs of the causal half counted."""
-    float32: float = 0.60
-    """Of the float32 peak: routers. Assumed."""
     memory: float = 0.50
     """Of the memory's bandwidth: operations between the matrix products."""
     stream: float = 0.71

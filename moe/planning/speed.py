@@ -34,6 +34,8 @@ SCORE_PASSES = 20
 """(N, E) float32."""
 LOGIT_PASSES = 3
 """(N, V): logits in twice, their gradient out."""
+ROUTER_PARTS = 3
+"""bfloat16 products that make one of float32 (`moe.kernels.router_product`)."""
 OPTIMIZER_BYTES = 38
 """A parameter held: AdamW 32 with the clipped gradient, norm 4, and the cast 2 (its read)."""
 
@@ -65,7 +67,7 @@ def pass_seconds(model: ModelConfig, layout: Layout, step: Step, cluster: Cluste
         "dense products": dense_flops(model, layout, step) * (4 if extra else 3) / (peak * attained.dense),
         "expert products": expert_flops(model, layout, step) * (4 if extra else 3) / (peak * attained.grouped),
         "attention": attention_flops(model, layout, step) * (4.5 if extra else 3.5) / (peak * attained.attention),
-        "routers": 3 * router_flops(model, layout, step) / (gpu.float32_tflops * TERA * attained.float32),
+        "routers": ROUTER_PARTS * 3 * router_flops(model, layout, step) / (peak * attained.dense),
         "between products": repeated
         * moved_bytes(model, layout, step)
         / (gpu.memory_bandwidth * GIGA * attained.memory),
