@@ -6,21 +6,18 @@ that I can be sharded without interleaving. Under FSDP or tensor parallelism pas
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.kernels import has_triton, megablocks
+from moe.kernels import has_quack, has_triton, megablocks
 from moe.kernels.permute import Permutation, combine_rows, gather_rows, sort_by_expert
 
 BACKENDS = ("loop", "grouped_mm", "triton", "quack", "megablocks")
 FUSED = ("triton", "quack")
 """Those that take the whole layer, permutation included, as one operator (`moe.kernels.fused`)."""
-QUACK_VERSION = "0.4."
-"""The interface of QuACK that is used is not a promised one: other versions are left alone."""
 GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -35,12 +32,7 @@ def _is_installed(backend: str) -> bool:
         return megablocks.is_installed()
     if backend not in FUSED:
         return True
-    if not has_triton():
-        return False
-    try:
-        return backend == "triton" or importlib.metadata.version("quack-kernels").startswith(QUACK_VERSION)
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    return has_triton() and (backend == "triton" or has_quack())
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, widths: Iterable[int] = ()) -> str:
