@@ -193,8 +193,8 @@ class RuntimeConfig:
     """Fail when a step outside logging makes the host wait for the device (CUDA)."""
 
     def chunk_size(self, device: str) -> int:
-        """`loss_chunk_size`; where it is null 8,192, on a CPU 128, whose logits its cache holds."""
-        return self.loss_chunk_size or (128 if device == "cpu" else 8192)
+        """`loss_chunk_size`; where it is null 8,192, on a CPU 256, whose logits its cache holds."""
+        return self.loss_chunk_size or (256 if device == "cpu" else 8192)
 
 
 @dataclass

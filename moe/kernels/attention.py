@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from moe.kernels.halves import in_float32
+
 PACKAGES = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
 """Module of each package."""
 BACKENDS = ("sdpa", *PACKAGES)
@@ -97,6 +99,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
     `mask`, broadcast to (B, heads, T, S), is added to the scores, or says which count (default: all that are causal).
     """
+    if in_float32(q):
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        return masked_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
     queries, keys = q.shape[2], k.shape[2]
     k, v = _one_a_query_head(k, v, q.shape[1], dim=1)
     if mask is None and 1 < queries < keys:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe.config.model import ModelConfig
 from moe.kernels.attention import masked_attention, row_attention, span_attention, takes_spans
+from moe.model.mlp import Linear
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,10 @@ class Attention(nn.Module):
         self.head_dim, self.backend = config.head_dim, backend
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_width)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(query_width, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, mask: Mask = None) -> Tensor:
         """(B, T, H) -> (B, T, H)."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.kernels.halves import in_float32, linear
 from moe.model.experts import local
 
 IGNORE_INDEX = -100
@@ -52,7 +53,10 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor, label_languages: Tensor) -> LossSums:
         """(B, T, H) hidden states, (B, T) labels (IGNORE_INDEX: not scored) and their languages -> LossSums."""
         hidden, labels, label_languages = hidden.flatten(0, 1), labels.flatten(), label_languages.flatten()
-        total, losses = _Loss.apply(hidden, local(self.weight), labels, self, torch.is_grad_enabled())
+        weight = local(self.weight)
+        if in_float32(hidden):
+            hidden, weight = hidden.float(), weight.float()
+        total, losses = _Loss.apply(hidden, weight, labels, self, torch.is_grad_enabled())
         by_language = F.one_hot(label_languages, self.num_languages).to(losses.dtype)
         return LossSums(total, losses @ by_language, (labels != IGNORE_INDEX).to(losses.dtype) @ by_language)
 
@@ -102,15 +106,29 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`Score` of a whole vocabulary."""
-    log_probabilities = F.log_softmax(project(hidden, weight), dim=-1)
+    logits = project(hidden, weight)
     at_label = torch.arange(len(labels), device=labels.device), labels.clamp(min=0)
-    losses = torch.where(labels == IGNORE_INDEX, 0, -log_probabilities[at_label])
-    grad = log_probabilities.exp_().to(hidden.dtype)
+    at_labels, probabilities = (_softmax if logits.is_cuda else _softmax_in_place)(logits, at_label)
+    losses = torch.where(labels == IGNORE_INDEX, 0, -at_labels)
+    grad = probabilities.to(hidden.dtype)
     grad[at_label] = torch.expm1(-losses).to(grad.dtype)
     return losses, grad
 
 
+def _softmax(logits: Tensor, at_label: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(n, V) logits -> (n,) log probabilities of the labels and (n, V) probabilities."""
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    return log_probabilities[at_label], log_probabilities.exp_()
+
+
+def _softmax_in_place(logits: Tensor, at_label: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same with one exponential a logit and in the logits' memory, which is what a CPU's time goes to."""
+    above = logits.amax(dim=-1) - logits[at_label]
+    probabilities = torch.softmax(logits, dim=-1, out=logits)
+    return probabilities.amax(dim=-1).log() - above, probabilities
+
+
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """(..., H) x (V, H) -> (..., V) logits, at least float32."""
-    logits = F.linear(hidden, weight)
+    logits = linear(hidden, weight)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
