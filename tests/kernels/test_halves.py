@@ -68,7 +68,8 @@ def test_head(half: torch.dtype) -> None:
     weight, wide = head.weight.detach().double().requires_grad_(), hidden.detach().double().requires_grad_()
     torch.nn.functional.cross_entropy((wide @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum").backward()
     for result, exact in ((hidden.grad, wide.grad), (head.weight.grad, weight.grad)):
-        assert result is not None and exact is not None
+        assert result is not None
+        assert exact is not None
         assert result.dtype == half
         # logits of size 6 rounded to bfloat16 are off by 0.01
         torch.testing.assert_close(result.double(), exact, atol=0.05 * exact.square().mean().sqrt().item(), rtol=0.03)
