@@ -164,8 +164,11 @@ def _fused(
     from moe.kernels.fused import experts  # needs Triton, which other backends do without
 
     ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
-    slots = (None, None) if permutation is None else (permutation.slot_of_row, permutation.row_of_slot)
-    return experts(x.contiguous(), weights, *slots, ends, gate_up_proj, down_proj, backend)[0]
+    places: tuple[Tensor | None, ...] = (None, None, None)
+    if weights is not None and permutation is not None:
+        weight_of_row = weights.detach().flatten()[permutation.slot_of_row].float()
+        places = permutation.token_of_row, weight_of_row, permutation.row_of_slot
+    return experts(x.contiguous(), weights, *places, ends, gate_up_proj, down_proj, backend)[0]
 
 
 def _grouped_mm_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor) -> Tensor:

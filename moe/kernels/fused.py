@@ -23,7 +23,8 @@ from moe.kernels.rows import Rows, sum_rows
 def experts(
     x: Tensor,
     weights: Tensor | None,
-    slot_of_row: Tensor | None,
+    token_of_row: Tensor | None,
+    weight_of_row: Tensor | None,
     row_of_slot: Tensor | None,
     ends: Tensor,
     w1: Tensor,
@@ -32,12 +33,13 @@ def experts(
 ) -> tuple[Tensor, Tensor]:
     """The SwiGLU experts w1 (E, 2, I, H), w2 (E, H, I), expert e on rows ends[e - 1] to ends[e].
 
-    With a permutation (see `moe.kernels.permute`) and `weights` (T, K) float32, x (T, H) are tokens and so is the
-    result, each the weighted sum of its rows. Without, x (N, H) are the rows, and so is the result, undefined after
-    ends[-1]. Also returns the gate and up projections (N, 2 I), for the backward pass. `products`: "triton" or "quack".
+    With a permutation (see `moe.kernels.permute`), x (T, H) are tokens and so is the result, each the sum of its rows
+    times `weights` (T, K); weight_of_row (N,) float32 holds these by row, for the backward pass, and gets no gradient.
+    Without, x (N, H) are the rows, and so is the result, undefined after ends[-1]. Also returns the gate and up
+    projections (N, 2 I), for the backward pass. `products`: "triton" or "quack".
     """
     compute = _products(products)
-    rows = _rows(x, weights, slot_of_row, ends)
+    rows = Rows(ends, len(x if token_of_row is None else token_of_row), token_of_row, weight_of_row)
     if not rows.total:
         return torch.zeros_like(x), x.new_empty(0, 2 * w1.shape[2])
     h, a = compute.up(x, rows, w1)
@@ -52,7 +54,8 @@ def experts_backward(
     h: Tensor,
     x: Tensor,
     weights: Tensor | None,
-    slot_of_row: Tensor | None,
+    token_of_row: Tensor | None,
+    weight_of_row: Tensor | None,
     row_of_slot: Tensor | None,
     ends: Tensor,
     w1: Tensor,
@@ -65,7 +68,7 @@ def experts_backward(
     would have compilers copy it.
     """
     compute = _products(products)
-    rows = _rows(x, weights, slot_of_row, ends)
+    rows = Rows(ends, len(h), token_of_row, weight_of_row)
     if not rows.total:
         dx, dweight, dw1, dw2 = (
             torch.zeros_like(t) for t in (x, h[:, 0].float() if weights is None else weights, w1, w2)
@@ -83,23 +86,16 @@ def _products(name: str) -> ModuleType:
     return importlib.import_module(f"moe.kernels.{name}_products")
 
 
-def _rows(x: Tensor, weights: Tensor | None, slot_of_row: Tensor | None, ends: Tensor) -> Rows:
-    if weights is None or slot_of_row is None:
-        return Rows(ends, len(x), None, None)
-    token = (slot_of_row // weights.shape[1]).to(torch.int32)
-    return Rows(ends, len(slot_of_row), token, weights.flatten()[slot_of_row].float())
-
-
 @experts.register_fake
-def _(x: Tensor, weights: Tensor | None, slot_of_row: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    w1 = rest[2]
-    num_rows = x.shape[0] if slot_of_row is None else slot_of_row.shape[0]
+def _(x: Tensor, weights: Tensor | None, token_of_row: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    w1 = rest[3]
+    num_rows = x.shape[0] if token_of_row is None else token_of_row.shape[0]
     return torch.empty_like(x), x.new_empty(num_rows, 2 * w1.shape[2])
 
 
 @experts_backward.register_fake
 def _(dy: Tensor, h: Tensor, x: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w1, w2 = rest[3:5]
+    w1, w2 = rest[4:6]
     dweights = x.new_empty(0, dtype=torch.float32) if weights is None else torch.empty_like(weights)
     return torch.empty_like(x), dweights, torch.empty_like(w1), torch.empty_like(w2)
 
@@ -114,10 +110,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     h, x, weights, *rest = ctx.saved_tensors
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     dx, dweights, dw1, dw2 = experts_backward(dy, h, x, weights, *rest, ctx.products)
     torch.autograd.graph.increment_version(h)  # a second backward pass over the same graph raises
-    return dx, None if weights is None else dweights, None, None, None, dw1, dw2, None
+    return dx, None if weights is None else dweights, None, None, None, None, dw1, dw2, None
 
 
 experts.register_autograd(_backward, setup_context=_keep)

@@ -18,10 +18,10 @@ from moe.kernels import has_triton
 class Permutation(NamedTuple):
     """Where each of the T * K slots (token t, choice k) lies once rows are sorted by expert.
 
-    slot_of_row (T*K,) and row_of_slot (T, K) are inverse to each other, token_of_row (T*K,) is slot_of_row // K.
-    tokens_per_expert (E,) counts rows, padding excluded; rows from sum(tokens_per_expert) on belong to padding.
-    valid (T,) is False at padding tokens, None when there are none. All indices are int64. Of `leading_rows` there are
-    only so many rows, and row_of_slot of the other slots lies past them.
+    slot_of_row (T*K,) and row_of_slot (T, K) are inverse to each other, int64; token_of_row (T*K,) int32 is
+    slot_of_row // K. tokens_per_expert (E,) int64 counts rows, padding excluded; rows from sum(tokens_per_expert) on
+    belong to padding. valid (T,) is False at padding tokens, None when there are none. Of `leading_rows` there are only
+    so many rows, and row_of_slot of the other slots lies past them.
     """
 
     slot_of_row: Tensor
@@ -39,14 +39,16 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | Non
     """
     top_k = expert_indices.shape[1]
     experts = expert_indices if valid is None else torch.where(valid[:, None], expert_indices, num_experts)
-    # Radix sort reads every byte of the key, so narrow keys are faster.
-    sorted_experts, slot_of_row = experts.flatten().to(torch.int32).sort(stable=True)
+    # Radix sort passes over all rows for every byte of the key.
+    key = next(dtype for dtype in (torch.int8, torch.int16, torch.int32) if num_experts <= torch.iinfo(dtype).max)
+    sorted_experts, slot_of_row = experts.flatten().to(key).sort(stable=True)
     row_of_slot = torch.empty_like(slot_of_row)
     row_of_slot.scatter_(0, slot_of_row, torch.arange(slot_of_row.numel(), device=slot_of_row.device))
     # Boundaries by binary search: bincount would synchronise with the host, and histograms use atomics.
-    expert_ids = torch.arange(num_experts + 1, dtype=torch.int32, device=experts.device)
+    expert_ids = torch.arange(num_experts + 1, dtype=key, device=experts.device)
     tokens_per_expert = torch.searchsorted(sorted_experts, expert_ids).diff()
-    return Permutation(slot_of_row, slot_of_row // top_k, row_of_slot.view(-1, top_k), tokens_per_expert, valid)
+    token_of_row = (slot_of_row // top_k).to(torch.int32)
+    return Permutation(slot_of_row, token_of_row, row_of_slot.view(-1, top_k), tokens_per_expert, valid)
 
 
 def gather_rows(x: Tensor, permutation: Permutation) -> Tensor:

@@ -76,9 +76,7 @@ class TopKRouter(nn.Module):
             expert_indices = self.choose(log_scores.detach())
         if kept is not None:
             kept.expert_indices = expert_indices
-        chosen = log_scores.gather(-1, expert_indices)
-        weights = chosen.softmax(dim=-1) if self.norm_topk_prob else chosen.exp()
-        return Routing(expert_indices, weights, log_scores.softmax(dim=-1), logits)
+        return Routing(expert_indices, *self.weigh(log_scores, expert_indices), logits)
 
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, H) -> logits and log scores, 2 x (N, E).
@@ -87,6 +85,11 @@ class TopKRouter(nn.Module):
         """
         logits = router_product(x, self.weight)
         return logits, F.logsigmoid(logits) if self.scoring_func == "sigmoid" else logits.log_softmax(dim=-1)
+
+    def weigh(self, log_scores: Tensor, expert_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, E) and (N, K) -> `Routing.weights` and `Routing.scores`."""
+        chosen = log_scores.gather(-1, expert_indices)
+        return chosen.softmax(dim=-1) if self.norm_topk_prob else chosen.exp(), log_scores.softmax(dim=-1)
 
     def choose(self, log_scores: Tensor) -> Tensor:
         """(N, E) -> (N, K) experts."""

@@ -85,9 +85,10 @@ class ExchangeDispatcher:
         self.own = expert_share(num_experts, self.parts, self.rank)
 
     def compile(self) -> None:
-        """Have the parts with static shapes compiled."""
+        """Have what surrounds the exchanges compiled, arrivals once for all numbers of them."""
         self._sort = torch.compile(self._sort)  # type: ignore[method-assign]
         self._place = torch.compile(self._place)  # type: ignore[method-assign]
+        self._arrange = torch.compile(self._arrange, dynamic=True)  # type: ignore[method-assign]
 
     def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Plan:
         """Sort the choices by expert and the tokens by rank, and send the sizes to the host; a recomputation finds kept
@@ -120,13 +121,9 @@ class ExchangeDispatcher:
         """-> the tokens that have experts here, and the rows of these."""
         x = travelling.way.finish(travelling.rows)
         weights, places = travelling.gates_way.finish(travelling.gates).chunk(2, dim=1)
-        end, (tokens, top_k) = travelling.sizes.rows, weights.shape
-        rows = places.detach().contiguous().view(torch.int32).long() - travelling.sizes.before
-        rows.masked_fill_((rows < 0) | (rows >= end), end)  # of experts elsewhere: no row, and none reads the last slot
-        slots = torch.arange(tokens * top_k, device=rows.device)
-        slot_of_row = torch.empty(end + 1, dtype=torch.int64, device=rows.device).scatter_(0, rows.flatten(), slots)
-        permutation = Permutation(slot_of_row[:-1], slot_of_row[:-1] // top_k, rows, travelling.loads, None)
-        return Visitors(x, weights.contiguous(), permutation)
+        sizes = travelling.sizes
+        rows = self._arrange(places.detach().view(torch.int32), sizes.before, sizes.rows)
+        return Visitors(x, weights.contiguous(), Permutation(*rows, travelling.loads, None))
 
     def combine(self, outputs: Tensor, travelled: Travelling) -> Tensor:
         """(M, H) sums of the experts here -> (N, H), those of all ranks; zero for tokens that went nowhere."""
@@ -158,6 +155,16 @@ class ExchangeDispatcher:
         here = total[self.own.start : self.own.stop]
         ends = [here.sum(), total[: self.own.start].sum()]
         return places, here, torch.cat([tokens[self.rank], tokens[:, self.rank], torch.stack(ends)])
+
+    def _arrange(self, places: Tensor, before: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(M, K) places among all ranks' choices -> the first three of the `Permutation` of the `end` rows here."""
+        rows = places.long() - before
+        # of experts elsewhere: no row, and none reads the last slot
+        rows = torch.where((rows < 0) | (rows >= end), end, rows)
+        slots = torch.arange(rows.numel(), device=rows.device)
+        slot_of_row = torch.empty(end + 1, dtype=torch.int64, device=rows.device).scatter_(0, rows.flatten(), slots)
+        slot_of_row = slot_of_row[:-1]
+        return slot_of_row, (slot_of_row // places.shape[1]).to(torch.int32), rows
 
 
 class SizesUnderWay:

@@ -88,6 +88,7 @@ def _compile(model: Transformer, world: World, compute_dtype: torch.dtype) -> No
 def _compile_mixture(mixture: MoE, world: World, compute_dtype: torch.dtype) -> None:
     if isinstance(mixture.gate, TopKRouter):
         mixture.gate.score = torch.compile(mixture.gate.score)  # type: ignore[method-assign]
+        mixture.gate.weigh = torch.compile(mixture.gate.weigh)  # type: ignore[method-assign]
     if mixture.config.seq_aux and world.layout.tensor == 1:  # elsewhere they may all-reduce
         mixture.statistics = torch.compile(mixture.statistics)  # type: ignore[method-assign]
     # torch traces its grouped product in no other dtype

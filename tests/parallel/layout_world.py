@@ -170,6 +170,31 @@ def check_first_step(
     assert_gradients_close(clipped_step(shared, config, norm, 0.1), expected.clipped, 1e-5)
 
 
+def check_compiled(layout: Layout) -> None:
+    """Compiled regions around the exchanges change nothing, and other numbers of arrivals compile nothing again."""
+    world, batches = world_of(layout), [ragged_batch(), ragged_batch(seed=1)]
+    if world is None:
+        return
+    graphs: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=record))
+        models = [build_model(config_of(runtime={"compile": on}), world) for on in (False, True)]
+        compiled_once = 0
+        for batch in batches:
+            expected, found = ([*one_step(world, model, config_of(), batch, 1)] for model in models)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+            assert_gradients_close(gradients(models[1]), gradients(models[0]), 1e-5)
+            assert compiled_once in (0, len(graphs))
+            compiled_once = len(graphs)
+    assert any("scatter_" in str(graph.graph) for graph in graphs)  # arrivals among them
+
+
 class Steps(NamedTuple):
     """What one process makes of a row of steps."""
 

@@ -12,6 +12,7 @@ from layout_world import (
     FEW,
     HASHED,
     LAYOUTS,
+    check_compiled,
     check_device_groups,
     check_first_step,
     check_host_copies,
@@ -68,6 +69,7 @@ def cases() -> dict[str, Scenario]:
         for load in ("one rank", "all but one"):
             add(check_loads, layout, f"tokens to {load}", load=load)
         add(check_host_copies, layout, "one copy to the host a dispatch")
+        add(check_compiled, layout, "compiled around exchanges")
     for layout in (Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=2)):
         add(check_first_step, layout, "hashed", **HASHED)
         add(check_first_step, layout, "pooled balance", seq_aux=False)
