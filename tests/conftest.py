@@ -12,8 +12,9 @@ if os.environ.get("CI"):
 
 
 @pytest.fixture
-def experts_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of half precision stay in half precision, which CPUs otherwise avoid."""
-    from moe.kernels import experts
+def products_as_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of half precision stay in half precision, which CPUs otherwise avoid."""
+    from moe.kernels import experts, halves
 
     monkeypatch.setattr(experts, "_is_prepared_anew", lambda x: False)
+    monkeypatch.setattr(halves, "_multiplies_halves", lambda: True)

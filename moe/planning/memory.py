@@ -14,7 +14,7 @@ from typing import NamedTuple
 from moe.config.model import ModelConfig
 from moe.parallel.layout import Layout
 from moe.planning.shards import weight_groups
-from moe.planning.step import FLOAT32, INT64, Step
+from moe.planning.step import FLOAT32, INT32, INT64, Step
 from moe.planning.traffic import Rows, balanced_rows
 
 
@@ -168,16 +168,17 @@ def router_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
 
 
 def row_bytes(model: ModelConfig, rows: int, layout: Layout, step: Step) -> int:
-    """Rows into and out of the routed experts (R, H), unless one operator does it all; two permutations (R,), one and
-    the gate weights of all choices (M, K). Tokens that have travelled (M, H) are kept by that operator alone; where
-    they left, two permutations (N, K) are."""
+    """Rows into and out of the routed experts (R, H), their slots and tokens (R,), the gate weights and rows of all
+    choices (M, K); for experts that are one operator, of rows their tokens and weights alone, but the tokens that have
+    travelled (M, H). Where these left, the tokens and rows of their choices (N, K)."""
     hidden, chosen = model.hidden_size * step.compute_bytes, model.num_experts_per_tok
     visitors = layer_visitors(model, layout, step).received
-    size = visitors * chosen * (INT64 + FLOAT32) + 2 * INT64 * rows + (0 if step.fused_experts else 2 * rows * hidden)
+    of_row = INT32 + (FLOAT32 if step.fused_experts else INT64 + 2 * hidden)
+    size = visitors * chosen * (INT64 + FLOAT32) + rows * of_row
     if layout.expert == 1:
         return size
     arrived = visitors * hidden if step.fused_experts else 0
-    return size + arrived + step.tokens // layout.tensor * chosen * 2 * INT64
+    return size + arrived + step.tokens // layout.tensor * chosen * (INT64 + INT32)
 
 
 def expert_hidden_bytes(model: ModelConfig, rows: int, step: Step) -> int:
@@ -269,9 +270,12 @@ def workspace_bytes(model: ModelConfig, layout: Layout, step: Step) -> dict[str,
 
 def logit_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
     """One chunk's logits and probabilities, (chunk, V) float32 each; compiled, which split vocabularies are not, logits
-    and their gradient in the compute dtype."""
-    is_compiled = step.kernels == "compiled" and layout.tensor == 1
-    width = 2 * (step.compute_bytes if is_compiled else FLOAT32)
+    and their gradient in the compute dtype; on a CPU the latter and probabilities in place of the logits."""
+    width = 2 * FLOAT32
+    if layout.tensor == 1 and step.kernels == "compiled":
+        width = 2 * step.compute_bytes
+    elif layout.tensor == 1 and step.kernels == "cpu":
+        width = FLOAT32 + step.compute_bytes % FLOAT32  # float32 is its own gradient
     return width * min(step.tokens, step.loss_chunk_size) * model.vocab_size // layout.tensor
 
 

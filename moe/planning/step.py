@@ -9,7 +9,7 @@ from moe.hardware import GPU
 from moe.kernels.experts import FUSED
 from moe.parallel import Layout
 
-FLOAT32 = 4
+FLOAT32 = INT32 = 4
 INT64 = FLOAT64 = 8
 
 

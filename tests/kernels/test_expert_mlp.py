@@ -283,7 +283,7 @@ def test_grouped_mm_limits_are_one_clear_line(dtype: torch.dtype, width: int, me
         expert_mlp(x, gate_up, down, torch.tensor([2, 2]), "nope")
 
 
-@pytest.mark.usefixtures("experts_as_on_gpus")
+@pytest.mark.usefixtures("products_as_on_gpus")
 def test_compiles_without_graph_breaks() -> None:
     inputs = unit_variance(skewed(32, 3, 8), 8, torch.bfloat16)
     leaves = [t for t in inputs if t.requires_grad]

@@ -51,7 +51,7 @@ def test_only_static_shapes_are_compiled_and_results_stay(
     assert len(recorder.graphs) == compiled_once
 
 
-@pytest.mark.usefixtures("experts_as_on_gpus")
+@pytest.mark.usefixtures("products_as_on_gpus")
 def test_local_dispatch_is_one_static_region_in_bfloat16(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     torch._dynamo.reset()

@@ -140,7 +140,7 @@ def casts_of_each_micro_batch(model: Transformer, parts: int) -> list[int]:
     return found
 
 
-@pytest.mark.usefixtures("experts_as_on_gpus")
+@pytest.mark.usefixtures("products_as_on_gpus")
 def test_the_bfloat16_copy_is_made_once_a_step(world: World) -> None:
     """Later micro-batches cast activations only, far fewer elements than the weights."""
     model = build_model(config_of("bfloat16", vocab_size=480), world)

@@ -46,7 +46,7 @@ MODELS = {
     "hash": dataclasses.replace(BASE, routing="hash", num_experts_per_tok=1),
 }
 SEQUENCES, SEQ_LEN, LANGUAGES = 2, 32, 2
-pytestmark = pytest.mark.usefixtures("experts_as_on_gpus")
+pytestmark = pytest.mark.usefixtures("products_as_on_gpus")
 ONE = Layout()
 
 
