@@ -99,6 +99,7 @@ def test_a_label_that_is_all_but_certain_keeps_its_gradient() -> None:
     torch.testing.assert_close(module.weight.grad[:, 0].float(), expected, rtol=0.01, atol=0)
 
 
+@pytest.mark.usefixtures("products_as_on_gpus")
 def test_bfloat16_hidden_states_are_scored_in_float32() -> None:
     hidden, labels, languages = inputs()
     module = head(100).bfloat16()
