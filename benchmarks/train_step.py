@@ -8,7 +8,8 @@
 Builds the run as `train.py` does, data included, and takes its steps in this process without rows, evaluation and
 checkpoints; peers are fed the same batches. Rounds take turns, so that a machine that slows down slows all. Prints
 tokens a second and GPU and MFU of the median step, the allocator's peak on a GPU, and with --profile the GPU's time by
-kind of work, the longest kernels, and for how long it did nothing but communicate. Of several ranks the first prints.
+kind of work, the longest kernels, and for how long it did nothing but communicate; on a CPU that of operators. Of
+several ranks the first prints.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ WORK = {
     "routing": ("sort", "topk", "scatter"),
     "optimizer": ("adam", "multi_tensor_apply", "lpnorm"),
     "weight casts, gradient sums": ("chunk_cat", "copy_kernel", "functor_add<float>", "memcpy dtod", "binary_internal"),
-    "dense products": ("nvjet", "gemm", "cutlass", "cublas", "splitk"),
+    "dense products": ("nvjet", "gemm", "cutlass", "cublas", "splitk", "aten::mm", "aten::addmm"),
     "compiled elementwise": ("triton_",),
     "copies between host and device": ("memcpy htod", "memcpy dtoh"),
 }
@@ -55,6 +56,8 @@ WORK = {
 
 
 class Kernel(NamedTuple):
+    """On a CPU an operator, without those that it calls."""
+
     name: str
     milliseconds: float
     launches: float
@@ -113,8 +116,8 @@ class Contestant:
                     self.times += _times(step, steps, world.device)
                 if world.device.type == "cuda":
                     self.peak_gib = torch.cuda.max_memory_allocated() / 2**30
-                if profiled and world.device.type == "cuda":
-                    self.kernels, self.exposed = _profile(step)
+                if profiled:
+                    self.kernels, self.exposed = _profile(step, world.device)
             finally:
                 session.loader.close()
             self.world_size = world.size
@@ -169,16 +172,21 @@ def _times(step: Callable[[], None], steps: int, device: torch.device) -> list[f
     return [start.elapsed_time(end) for start, end in pairwise(ends)]
 
 
-def _profile(step: Callable[[], None], steps: int = 2) -> tuple[list[Kernel], float]:
-    """Kernels of a step, the longest first, and its exposed communication."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+def _profile(step: Callable[[], None], device: torch.device, steps: int = 2) -> tuple[list[Kernel], float]:
+    """Kernels of a step, the longest first, and its exposed communication (of a GPU)."""
+    is_gpu = device.type == "cuda"
+    activity, clock = (
+        (ProfilerActivity.CUDA, "self_device_time_total") if is_gpu else (ProfilerActivity.CPU, "self_cpu_time_total")
+    )
+    with profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(steps):
             step()
-        torch.cuda.synchronize()
+        if is_gpu:
+            torch.cuda.synchronize()
     found = [
-        Kernel(event.key, event.self_device_time_total / 1e3 / steps, event.count / steps)
+        Kernel(event.key, getattr(event, clock) / 1e3 / steps, event.count / steps)
         for event in profiler.key_averages()
-        if event.self_device_time_total > 0
+        if getattr(event, clock) > 0
     ]
     runs = [(event.name, event.time_range) for event in profiler.events()]
     talk, work = (
@@ -209,7 +217,7 @@ def print_row(row: dict[str, Any]) -> None:
     )
     if row["kernels"]:
         _print_profile([Kernel(**kernel) for kernel in row["kernels"]], row["milliseconds"])
-        print(f"    {row['exposed_communication']:9.2f} ms nothing but communication")
+        print(f"    {row['exposed_communication']:9.2f} ms nothing but communication between GPUs")
 
 
 def _print_profile(kernels: list[Kernel], step: float, longest: int = 40) -> None:
@@ -220,7 +228,7 @@ def _print_profile(kernels: list[Kernel], step: float, longest: int = 40) -> Non
         total[1] += kernel.launches
     for kind, (milliseconds, launches) in sorted(kinds.items(), key=lambda item: -item[1][0]):
         print(f"    {milliseconds:9.2f} ms {milliseconds / step:6.1%} {launches:7.0f} x  {kind}")
-    print(f"    {sum(k.milliseconds for k in kernels):9.2f} ms on the GPU of {step:.2f} ms")
+    print(f"    {sum(k.milliseconds for k in kernels):9.2f} ms in all, of {step:.2f} ms")
     for kernel in kernels[:longest]:
         print(f"      {kernel.milliseconds:8.2f} ms {kernel.launches:6.0f} x  {kernel.name[:110]}")
 
