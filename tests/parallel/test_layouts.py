@@ -69,12 +69,12 @@ def cases() -> dict[str, Scenario]:
         for load in ("one rank", "all but one"):
             add(check_loads, layout, f"tokens to {load}", load=load)
         add(check_host_copies, layout, "one copy to the host a dispatch")
-        add(check_compiled, layout, "compiled around exchanges")
     for layout in (Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=2)):
         add(check_first_step, layout, "hashed", **HASHED)
         add(check_first_step, layout, "pooled balance", seq_aux=False)
         add(check_first_step, layout, "none shared", n_shared_experts=0, scoring_func="sigmoid", norm_topk_prob=True)
         add(check_first_step, layout, "loop", runtime={"expert_backend": "loop"})
+        add(check_compiled, layout, "compiled around exchanges")
     add(check_first_step, Layout(tensor=2), "compiled", runtime={"compile": True})
     split = Layout(shard=2, tensor=2)
     add(check_first_step, split, "recomputed", parts=2, runtime={"activation_checkpointing": "full"})
