@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from layout_world import CPU, share
+from layout_world import share, world_of
 from parallel_helpers import LANGUAGES, SEQUENCES, build_trainer, config_of, ragged_batch, split, step_terms
 from traffic_counter import TrafficCounter
 
-from moe.parallel import Layout, build_world, local
+from moe.parallel import Layout, local
 from moe.parallel.exchange import ExchangeDispatcher
 from moe.planning.memory import memory
 from moe.planning.step import Step, step_of
@@ -52,7 +52,7 @@ def check_traffic(
     layout: Layout, parts: int = 1, runtime: dict[str, Any] | None = None, reshard: bool = False, **model: Any
 ) -> None:
     """Bytes and calls of a whole step, by axis and collective, are the formula's."""
-    world = build_world(layout, CPU)
+    world = world_of(layout)
     if world is None:
         return
     config = config_of(runtime=runtime, **model)
@@ -87,7 +87,7 @@ def differences(found: dict[Any, int], expected: Counter[Any], terms: list[Any])
 
 def check_state(layout: Layout, **model: Any) -> None:
     """Weights, moments, gradients and buffers of this rank have the planner's bytes."""
-    world = build_world(layout, CPU)
+    world = world_of(layout)
     if world is None:
         return
     trainer = build_trainer(config_of(**model), world)
