@@ -175,9 +175,8 @@ def _times(step: Callable[[], None], steps: int, device: torch.device) -> list[f
 def _profile(step: Callable[[], None], device: torch.device, steps: int = 2) -> tuple[list[Kernel], float]:
     """Kernels of a step, the longest first, and its exposed communication (of a GPU)."""
     is_gpu = device.type == "cuda"
-    activity, clock = (
-        (ProfilerActivity.CUDA, "self_device_time_total") if is_gpu else (ProfilerActivity.CPU, "self_cpu_time_total")
-    )
+    activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
+    clock = "self_device_time_total" if is_gpu else "self_cpu_time_total"
     with profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(steps):
             step()

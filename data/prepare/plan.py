@@ -69,7 +69,7 @@ def resolve_all(sources: Sequence[SourceSpec]) -> tuple[tuple[SourceFile, ...], 
     owner: dict[tuple[str, str], str] = {}
     found = []
     for spec in sources:
-        files = tuple(resolve(spec))
+        files = _files_of(spec)
         for file in files:
             path = file.url if "://" in file.url else os.path.realpath(file.url)
             other = owner.setdefault((path, spec.text_field), spec.name)
@@ -79,6 +79,13 @@ def resolve_all(sources: Sequence[SourceSpec]) -> tuple[tuple[SourceFile, ...], 
             raise DataError(f"source {spec.name}: {files[0].url}: is empty")
         found.append(files)
     return tuple(found)
+
+
+def _files_of(spec: SourceSpec) -> tuple[SourceFile, ...]:
+    try:
+        return tuple(resolve(spec))
+    except DataError as error:
+        raise DataError(f"source {spec.name}: {error}") from error
 
 
 def work_folder(out: Path, sources: Sequence[SourceSpec], tokenizer_xxh3: str, filters: Filters) -> Path:

@@ -275,7 +275,7 @@ def logit_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
     if layout.tensor == 1 and step.kernels == "compiled":
         width = 2 * step.compute_bytes
     elif layout.tensor == 1 and step.kernels == "cpu":
-        width = FLOAT32 + step.compute_bytes % FLOAT32  # float32 is its own gradient
+        width = FLOAT32 + (0 if step.compute_bytes == FLOAT32 else step.compute_bytes)  # float32 is its own gradient
     return width * min(step.tokens, step.loss_chunk_size) * model.vocab_size // layout.tensor
 
 

@@ -48,6 +48,7 @@ def play(scenarios: Mapping[str, Scenario], root: Path, world_size: int, patienc
 def _play_all(scenarios: Mapping[str, Scenario], root: Path, size: int, rank: int, outcomes: Connection) -> None:
     torch.set_num_threads(1)
     store = f"file://{root}/store"
+    # ranks outside a layout wait while those inside compile, most of a minute where nothing is cached
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300))
     for name, scenario in scenarios.items():
         try:
