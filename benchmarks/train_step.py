@@ -24,8 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import count, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +36,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peer_models import MODELS, PlainStep
 from moe.config import ConfigError, compose
-from moe.parallel import join_world, resolve
+from moe.parallel import choose_device, join_world, resolve
 from moe.telemetry.hardware import peak_tflops
+from moe.training import keep_freed_memory
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 from moe.training.trainer import forbid_sync
@@ -104,6 +107,8 @@ class Contestant:
 
     def _measure(self, steps: int, warmup: int, profiled: bool) -> None:
         config = self.config
+        if self.peer is None and choose_device(config.runtime.device).type == "cpu":
+            keep_freed_memory()
         stop = StopSignal(torch.device("cpu"), 1)
         with join_world(config.runtime.device, partial(resolve, config), config.parallel.timeout) as world:
             session = Session(config, world, stop, ["benchmarks.train_step"])
@@ -152,6 +157,18 @@ class Contestant:
             "exposed_communication": self.exposed,
             "kernels": [kernel._asdict() for kernel in self.kernels],
         }
+
+
+def measured(contestant: Contestant, *arguments: Any) -> Contestant:
+    """The contestant after `Contestant.measure`."""
+    contestant.measure(*arguments)
+    return contestant
+
+
+def measured_apart(contestant: Contestant, *arguments: Any) -> Contestant:
+    """The same in a process of its own, so that no setting of one contestant's is another's."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(measured, contestant, *arguments).result()
 
 
 def _times(step: Callable[[], None], steps: int, device: torch.device) -> list[float]:
@@ -257,9 +274,10 @@ def main() -> int:
     print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)
     try:
         all_of_them = contestants(options)
+        measure = measured_apart if options.peers and not torch.cuda.is_available() else measured
         for number in range(options.rounds):
-            for contestant in all_of_them:
-                contestant.measure(options.steps, options.warmup, options.profile and number == 0)
+            arguments = options.steps, options.warmup, options.profile and number == 0
+            all_of_them = [measure(contestant, *arguments) for contestant in all_of_them]
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 78

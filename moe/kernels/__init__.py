@@ -6,11 +6,13 @@ import functools
 import importlib.metadata
 import importlib.util
 
+import torch
+
 QUACK_VERSION = "0.4."
 """The interface of QuACK that is used is not a promised one: other versions are left alone."""
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # compiled code need not look again
 def has_triton() -> bool:
     """Whether the modules written in Triton can be imported."""
     return importlib.util.find_spec("triton") is not None

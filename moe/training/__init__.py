@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -33,6 +34,9 @@ EXIT_CODES: dict[type[Exception], int] = {
 }
 EXIT_PREEMPTED = 75
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h, bytes: what may lie unused at the heap's end, and from what size on a piece is mapped alone."""
+
 __all__ = ["EXIT_CODES", "EXIT_PREEMPTED", "run"]
 
 
@@ -54,8 +58,10 @@ def _run(config: Config, command: Sequence[str]) -> bool:
         torch.set_num_threads(config.runtime.num_threads)
     if config.runtime.deterministic:
         require_repeatable_kernels()
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    stop = StopSignal(choose_device(config.runtime.device), world_size)
+    device, world_size = choose_device(config.runtime.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cpu":
+        keep_freed_memory()
+    stop = StopSignal(device, world_size)
     with (
         stop.listening(),
         join_world(config.runtime.device, partial(resolve, config), config.parallel.timeout) as world,
@@ -69,6 +75,15 @@ def require_repeatable_kernels() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch._inductor.config.deterministic = True  # else it times candidates and may keep another reduction order
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one: large pieces go back to the kernel otherwise, and return as
+    fresh pages, a fault each, a tenth of a step on a CPU (docs/performance.md). Other C libraries are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that every glibc takes
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _fail(error: BaseException) -> NoReturn:
