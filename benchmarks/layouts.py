@@ -37,8 +37,8 @@ def main() -> None:
         for layout in options.layouts:
             results.append(measure(layout, options, Path(options.output or folder)))
             print_table(results)
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+            if options.json:
+                Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
     if any(result["exit_code"] for result in results):
         sys.exit(1)
 

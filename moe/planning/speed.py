@@ -63,9 +63,10 @@ def pass_seconds(model: ModelConfig, layout: Layout, step: Step, cluster: Cluste
     gpu, attained = cluster.gpu, cluster.attained
     peak, extra = gpu.peak_tflops * TERA, step.recompute == "full"
     repeated = 1 if step.recompute == "none" else 4 / 3
+    grouped = attained.grouped / (attained.fullest_rank if layout.expert > 1 else 1)
     return {
         "dense products": dense_flops(model, layout, step) * (4 if extra else 3) / (peak * attained.dense),
-        "expert products": expert_flops(model, layout, step) * (4 if extra else 3) / (peak * attained.grouped),
+        "expert products": expert_flops(model, layout, step) * (4 if extra else 3) / (peak * grouped),
         "attention": attention_flops(model, layout, step) * (4.5 if extra else 3.5) / (peak * attained.attention),
         "routers": ROUTER_PARTS * 3 * router_flops(model, layout, step) / (peak * attained.dense),
         "between products": repeated
