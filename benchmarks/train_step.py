@@ -8,8 +8,8 @@
 Builds the run as `train.py` does, data included, and takes its steps in this process without rows, evaluation and
 checkpoints; peers are fed the same batches. Rounds take turns, so that a machine that slows down slows all. Prints
 tokens a second and GPU and MFU of the median step, the allocator's peak on a GPU, and with --profile the GPU's time by
-kind of work, the longest kernels, and for how long it did nothing but communicate; on a CPU that of operators. Of
-several ranks the first prints.
+kind of work, the longest kernels, for how long it did nothing but communicate, and nothing at all; on a CPU the time of
+operators. Of several ranks the first prints.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Contestant:
         self.name, self.overrides, self.peer = name, overrides, peer
         self.times: list[float] = []
         self.kernels: list[Kernel] = []
-        self.exposed = 0.0
-        """Milliseconds a step of communication beside which nothing ran."""
+        self.gaps: dict[str, float] = {}
+        """Milliseconds a step in which a GPU only communicated, or did nothing."""
         self.world_size = 1
         self.peak_gib = 0.0
         self.problem = ""
@@ -122,7 +122,7 @@ class Contestant:
                 if world.device.type == "cuda":
                     self.peak_gib = torch.cuda.max_memory_allocated() / 2**30
                 if profiled:
-                    self.kernels, self.exposed = _profile(step, world.device)
+                    self.kernels, self.gaps = _profile(step, world.device)
             finally:
                 session.loader.close()
             self.world_size = world.size
@@ -154,7 +154,7 @@ class Contestant:
             "milliseconds": milliseconds,
             "fastest": min(self.times),
             "peak_gib": self.peak_gib,
-            "exposed_communication": self.exposed,
+            "gaps": self.gaps,
             "kernels": [kernel._asdict() for kernel in self.kernels],
         }
 
@@ -189,8 +189,8 @@ def _times(step: Callable[[], None], steps: int, device: torch.device) -> list[f
     return [start.elapsed_time(end) for start, end in pairwise(ends)]
 
 
-def _profile(step: Callable[[], None], device: torch.device, steps: int = 2) -> tuple[list[Kernel], float]:
-    """Kernels of a step, the longest first, and its exposed communication (of a GPU)."""
+def _profile(step: Callable[[], None], device: torch.device, steps: int = 2) -> tuple[list[Kernel], dict[str, float]]:
+    """Kernels of a step, the longest first, and `Contestant.gaps`."""
     is_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
     clock = "self_device_time_total" if is_gpu else "self_cpu_time_total"
@@ -204,12 +204,15 @@ def _profile(step: Callable[[], None], device: torch.device, steps: int = 2) -> 
         for event in profiler.key_averages()
         if getattr(event, clock) > 0
     ]
-    runs = [(event.name, event.time_range) for event in profiler.events()]
-    talk, work = (
-        [(time.start, time.end) for name, time in runs if (kind_of(name) == "communication") == talks]
-        for talks in (True, False)
-    )
-    return sorted(found, key=lambda kernel: -kernel.milliseconds), (covered(talk + work) - covered(work)) / 1e3 / steps
+    found.sort(key=lambda kernel: -kernel.milliseconds)
+    runs = [(event.name, (event.time_range.start, event.time_range.end)) for event in profiler.events()]
+    if not is_gpu or not runs:
+        return found, {}
+    every = [run for _, run in runs]
+    working = covered([run for name, run in runs if kind_of(name) != "communication"])
+    busy, whole = covered(every), max(end for _, end in every) - min(start for start, _ in every)
+    gaps = {"nothing but communication between GPUs": busy - working, "nothing at all": whole - busy}
+    return found, {name: microseconds / 1e3 / steps for name, microseconds in gaps.items()}
 
 
 def covered(intervals: list[tuple[float, float]]) -> float:
@@ -233,7 +236,8 @@ def print_row(row: dict[str, Any]) -> None:
     )
     if row["kernels"]:
         _print_profile([Kernel(**kernel) for kernel in row["kernels"]], row["milliseconds"])
-        print(f"    {row['exposed_communication']:9.2f} ms nothing but communication between GPUs")
+        for gap, milliseconds in row["gaps"].items():
+            print(f"    {milliseconds:9.2f} ms {gap}")
 
 
 def _print_profile(kernels: list[Kernel], step: float, longest: int = 40) -> None:
