@@ -86,7 +86,7 @@ def _zero_padding(per_token: Tensor, valid: Tensor | None) -> Tensor:
     return per_token if valid is None else torch.where(valid[:, None], per_token, 0)
 
 
-def _sum_of_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
+def sum_of_rows(rows: Tensor, row_of_slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]: (N, H), (T, K) -> (T, H) in the dtype of rows.
 
     Slots without a row, which lie past the last, add nothing.
@@ -141,13 +141,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (row_of_slot,) = ctx.saved_tensors
-        return _sum_of_rows(grad_rows, row_of_slot), None, None
+        return sum_of_rows(grad_rows, row_of_slot), None, None
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
-        return _sum_of_rows(rows, row_of_slot)
+        return sum_of_rows(rows, row_of_slot)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -162,7 +162,7 @@ class _Add(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, weights: Tensor, slot_of_row: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
-        return _sum_of_rows(y, row_of_slot, weights)
+        return sum_of_rows(y, row_of_slot, weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

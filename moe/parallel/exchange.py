@@ -6,9 +6,9 @@
 A token travels once to a rank, however many of its experts live there, and one sum of their outputs comes back; its
 gate values go with it, and the rows that its choices take among those of their experts. Dropless: what a rank receives
 depends on the routing alone, from nothing to everything. Counts are exchanged first, and sizes copied to the host once;
-that is the only time a dispatch waits for the device, so little is left to launch after it. Rows travel while the
-shared experts work, forward and backward: `dispatch` starts the exchange, `receive` waits for it, and in the backward
-pass `receive` starts the way back and `dispatch` waits.
+that is the only time a dispatch waits for the device, so little is left to launch after it: what will be sent is copied
+meanwhile. Rows travel while the shared experts work, forward and backward: `dispatch` starts the exchange, `receive`
+waits for it, and in the backward pass `receive` starts the way back and `dispatch` waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.kernels.permute import Permutation, add_rows, gather_rows, leading_rows, sort_by_expert
+from moe.kernels.permute import Permutation, add_rows, leading_rows, sort_by_expert, sum_of_rows
 from moe.model.experts import Visitors
 from moe.model.router import KeptChoice, Routing
 from moe.parallel.layout import expert_share
@@ -109,12 +109,12 @@ class ExchangeDispatcher:
         """(N, H) tokens -> rows under way to their experts."""
         assert routing.weights.dtype == torch.float32  # beside which the places' bits stay what they are
         gates = torch.cat([routing.weights, plan.places.view(torch.float32)], dim=1)
+        copies, gate_copies = self._copy(x, plan.by_rank), self._copy(gates, plan.by_rank)
         sizes = plan.sizes.wait()
         by_rank = leading_rows(plan.by_rank, sum(sizes.sent))
         way = _Way(sizes.received, sizes.sent, self.group)
         gates_way = _Way(sizes.received, sizes.sent, self.group)
-        gates = gates_way.start(gather_rows(gates, by_rank))
-        rows = way.start(gather_rows(x, by_rank))
+        rows, gates = way.send(x, copies, by_rank), gates_way.send(gates, gate_copies, by_rank)
         return Travelling(rows, gates, way, gates_way, by_rank, plan.loads, sizes)
 
     def receive(self, travelling: Travelling) -> Visitors:
@@ -129,6 +129,13 @@ class ExchangeDispatcher:
         """(M, H) sums of the experts here -> (N, H), those of all ranks; zero for tokens that went nowhere."""
         back = _Way(travelled.way.input_sizes, travelled.way.output_sizes, self.group)
         return add_rows(back.finish(back.start(outputs)), travelled.by_rank)
+
+    @torch.no_grad()
+    def _copy(self, per_token: Tensor, by_rank: Permutation) -> Tensor:
+        """(N, ...) -> (N min(K, P), ...) in the order of sending: as many as could be sent, so that the device copies
+        them while the host still waits to hear how many are."""
+        tokens, top_k = by_rank.row_of_slot.shape
+        return per_token.index_select(0, by_rank.token_of_row[: tokens * min(top_k, self.parts)])
 
     def _sort(self, expert_indices: Tensor, valid: Tensor) -> tuple[Permutation, Permutation, Tensor]:
         """(N, K) experts -> their slots by expert and by rank, and how many tokens each of either gets, (E + P,)."""
@@ -194,12 +201,34 @@ class _Way:
         self.gradient: Tensor | None = None
         """On the way back; autograd would not carry it from half to half, as its shape is not that of the rows."""
 
+    def send(self, per_token: Tensor, copies: Tensor, by_rank: Permutation) -> Tensor:
+        """`start` of the copies of `per_token` (N, ...), the first of `copies`, as one operation for autograd."""
+        return _Send.apply(per_token, copies, by_rank.row_of_slot, self)
+
     def start(self, rows: Tensor) -> Tensor:
         """The result may be looked at after `finish` only."""
         return _Start.apply(rows, self)
 
+    def wait_for_gradient(self) -> Tensor:
+        """Of what was sent."""
+        gradient, self.gradient = self.gradient, None
+        return torch.ops._c10d_functional.wait_tensor(gradient)
+
     def finish(self, rows: Tensor) -> Tensor:
         return _Finish.apply(rows, self)
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, per_token: Tensor, copies: Tensor, row_of_slot: Tensor, way: _Way) -> Tensor:
+        ctx.way = way
+        ctx.save_for_backward(row_of_slot)
+        return _exchange(copies[: sum(way.input_sizes)], way.output_sizes, way.input_sizes, way.group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (row_of_slot,) = ctx.saved_tensors
+        return sum_of_rows(ctx.way.wait_for_gradient(), row_of_slot), None, None, None
 
 
 class _Start(torch.autograd.Function):
@@ -210,8 +239,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gradient, ctx.way.gradient = ctx.way.gradient, None
-        return torch.ops._c10d_functional.wait_tensor(gradient), None
+        return ctx.way.wait_for_gradient(), None
 
 
 class _Finish(torch.autograd.Function):
@@ -223,7 +251,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.way.gradient = _exchange(grad, ctx.way.input_sizes, ctx.way.output_sizes, ctx.way.group)
-        return grad, None  # for its shape; `_Start` takes the other
+        return grad, None  # for its shape; `_Start` and `_Send` take the other
 
 
 def _exchange(rows: Tensor, output_sizes: list[int], input_sizes: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -67,7 +67,7 @@ def test_gradcheck(tokens: int, top_k: int, num_experts: int, masked: bool) -> N
 def test_leading_rows_leave_the_other_slots_out(rows: int, is_copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every token twice, `rows` of the 18 slots are of expert 0 and the others of none."""
     if is_copied:
-        monkeypatch.setattr(permute, "_sum_of_rows", permute._sum_of_copied_rows)
+        monkeypatch.setattr(permute, "sum_of_rows", permute._sum_of_copied_rows)
     slots = torch.randperm(18, generator=torch.Generator().manual_seed(0)).view(9, 2)
     permutation = leading_rows(sort_by_expert((slots >= rows).long(), 1), rows)
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
@@ -90,7 +90,7 @@ def test_values_and_gradients_against_indexing(
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device == "accelerator":
-        monkeypatch.setattr(permute, "_sum_of_rows", permute._sum_of_copied_rows)
+        monkeypatch.setattr(permute, "sum_of_rows", permute._sum_of_copied_rows)
     tokens, top_k, num_experts, hidden = 200, 6, 16, 24
     experts = routing(tokens, top_k, num_experts)
     permutation = sort_by_expert(experts, num_experts)
