@@ -1,6 +1,6 @@
 """How fast the collectives of training are between the GPUs of one job.
 
-    torchrun --nproc_per_node=8 benchmarks/collectives.py
+    torchrun --nproc_per_node=8 -m benchmarks.collectives
 
 Bandwidth is what one rank sends to the others in a second, in GB (10^9 bytes): the wire bytes of `moe.planning.traffic`
 over the median time of 20 calls after 5. Transfers to oneself do not count.
@@ -19,14 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.arguments import positive
+
 MIB = 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 128, 512], help="bytes a rank holds of the whole")
+    parser.add_argument(
+        "--mib", type=positive, nargs="+", default=[1, 16, 128, 512], help="bytes a rank holds of the whole"
+    )
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        parser.error("start it with torchrun, a process for each GPU")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     results = [row for mib in options.mib for row in measure(mib * MIB)]

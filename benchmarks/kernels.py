@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import positive
 from benchmarks.timing import waits_for_device
 from moe.kernels.experts import available_backends, routed_experts
 from moe.kernels.reference import moe_reference
@@ -132,7 +133,7 @@ def check(case: Case, backends: list[str]) -> list[dict[str, object]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=positive, default=4096)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():

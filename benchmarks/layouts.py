@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive
 from moe.config import compose
 from moe.hardware import GPUS
 from moe.plan import plan
@@ -45,16 +46,19 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=2, help="processes of each run (default: 2)")
+    parser.add_argument("--gpus", type=positive, default=2, help="processes of each run (default: 2)")
     parser.add_argument("--layouts", nargs="+", required=True, metavar="AXIS=N[,AXIS=N][@GPUS]")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=positive, default=40)
     parser.add_argument("--warmup", type=int, default=10, help="steps at the start that are not timed (default: 10)")
-    parser.add_argument("--log-interval", type=int, default=5)
+    parser.add_argument("--log-interval", type=positive, default=5)
     parser.add_argument("--gpu", choices=GPUS, help="plan for this kind as well")
     parser.add_argument("--output", help="keep the run folders here")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("overrides", nargs="*", help="for train.py, after --")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 <= options.warmup < options.steps:
+        parser.error(f"--warmup must be below --steps={options.steps}, not {options.warmup}")
+    return options
 
 
 def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.peers_moe import COMPILED, PEERS, Shape, build
 from benchmarks.timing import measure
 
@@ -62,7 +63,7 @@ def _line(row: dict[str, object]) -> str:
 def run(description: str | None, shapes: dict[str, Shape]) -> int:
     """The command line of this benchmark and of `benchmarks.granularity`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tokens", type=positive, default=32768)
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
     parser.add_argument("--layers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=Path)

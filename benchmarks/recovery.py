@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive
+
 ROOT = Path(__file__).resolve().parents[1]
 STOPPED, PEER_FAILED = 75, 79
 """Exit codes of train.py after a signal, and where another rank died."""
@@ -121,12 +123,14 @@ class Start:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, default=2, help="processes of each start (default: 2)")
+    parser.add_argument("--gpus", type=positive, default=2, help="processes of each start (default: 2)")
     parser.add_argument("--layouts", nargs="+", required=True, metavar="AXIS=N[,AXIS=N]")
-    parser.add_argument("--steps", type=int, default=12, help="of each start (default: 12)")
-    parser.add_argument("--interval", type=int, default=5, help="steps between checkpoints (default: 5)")
+    parser.add_argument("--steps", type=positive, default=12, help="of each start (default: 12)")
+    parser.add_argument("--interval", type=positive, default=5, help="steps between checkpoints (default: 5)")
     parser.add_argument("overrides", nargs="*", help="for train.py, after --")
     options = parser.parse_args()
+    if options.steps < options.interval + 2:
+        parser.error(f"--steps must be at least --interval={options.interval} plus 2, not {options.steps}")
     total = options.steps * (len(options.layouts) + 2)
     arguments = [*options.overrides, f"train.steps={total}", "train.log_interval=1", "train.eval_interval=0"]
     arguments += [f"checkpoint.interval={options.interval}", "telemetry.report=false"]

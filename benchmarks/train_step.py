@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.arguments import positive
 from benchmarks.peer_models import MODELS, PlainStep
 from moe.config import ConfigError, compose
 from moe.parallel import choose_device, join_world, resolve
@@ -262,9 +263,9 @@ def contestants(options: argparse.Namespace) -> list[Contestant]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=positive, default=1)
     parser.add_argument("--compare", metavar="KEY=A,B", help="one row for each value of a key")
     parser.add_argument("--peers", nargs="+", choices=MODELS, default=[])
     parser.add_argument("--profile", action="store_true")

@@ -6,6 +6,11 @@
 # does not build it is left out, and moe/kernels/megablocks.py stands in for it.
 set -euo pipefail
 
+if [[ $# -gt 0 ]]; then
+    echo "usage: launch/install_gpu.sh    (no arguments; installs into the environment of the python on the PATH)" >&2
+    exit 2
+fi
+
 megablocks="megablocks==0.10.0"
 install() { python -m pip install --no-deps --no-build-isolation "$@"; }
 
