@@ -138,3 +138,11 @@ def test_compose_is_checked() -> None:
     assert compose(["train.steps=7", "optim.schedule.warmup_steps=2"]).train.steps == 7
     with pytest.raises(ConfigError, match=r"data\.seq_len must be at least 2"):
         compose(["data.seq_len=1"])
+
+
+def test_of_equal_times_the_largest_micro_batch() -> None:
+    asked = ["+experiment=moe_2b", "gpus=8", "parallel.shard=8", "parallel.reshard=false"]
+    best = plan.plan(asked)["best"]
+    smallest = plan.plan([*asked, "train.micro_batch_size=1"])["best"]
+    assert smallest["fits"]
+    assert best["step"]["sequences"] > 1

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {options.folder}: no checkpoints (folders named step-00000100) here", file=sys.stderr)
         return EXIT_DATA_ERROR
     facts = [_examine(folder, step, deep=options.command == "verify") for step, folder in held.items()]
-    print(json.dumps(facts, indent=1) if options.json else "\n".join(map(_line, facts)))
+    print(json.dumps(facts, indent=1) if options.json else "\n".join(_line(fact, options.command) for fact in facts))
     broken = [fact for fact in facts if fact["error"]]
     if broken:
         print(f"error: {len(broken)} of {len(facts)} checkpoints are not intact", file=sys.stderr)
@@ -58,12 +58,13 @@ def _examine(folder: Path, step: int, *, deep: bool) -> dict[str, Any]:
     return {**fact, **sizes, "world_size": manifest.world_size, "torch_version": manifest.torch_version}
 
 
-def _line(fact: dict[str, Any]) -> str:
+def _line(fact: dict[str, Any], command: str) -> str:
     name = Path(fact["path"]).name
     if fact["error"]:
         return f"{name}  NOT INTACT  {fact['error']}"
     megabytes = fact["bytes"] / 1e6
-    return f"{name}  ok  {fact['files']} files, {megabytes:,.1f} MB, {fact['world_size']} rank(s)"
+    state = "intact" if command == "verify" else "not verified"
+    return f"{name}  {state}  {fact['files']} files, {megabytes:,.1f} MB, {fact['world_size']} rank(s)"
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def ranked(config: Config, fixed: set[str], world_size: int, cluster: Cluster) -
             step = step_of(option, layout, cluster.gpu)
             needed = memory(model, layout, step)
             found = Candidate(option, layout, step, needed, step_seconds(model, layout, step, cluster))
-            if layout not in best or _order(found, cluster) < _order(best[layout], cluster):
+            if layout not in best or _order_within_layout(found, cluster) < _order_within_layout(best[layout], cluster):
                 best[layout] = found
     if not best:
         sizes = ", ".join(map(str, _batch_sizes(config)))
@@ -76,6 +76,15 @@ def ranked(config: Config, fixed: set[str], world_size: int, cluster: Cluster) -
 def _order(candidate: Candidate, cluster: Cluster) -> tuple[bool, float]:
     fits = candidate.fits(cluster)
     return not fits, candidate.step_seconds if fits else candidate.memory.peak
+
+
+def _order_within_layout(candidate: Candidate, cluster: Cluster) -> tuple[bool, float, bool, int]:
+    """Of times that are the same but for a rounding: weights gathered once, and the largest micro-batch, which launches
+    least; times leave that out."""
+    late, size = _order(candidate, cluster)
+    config = candidate.config
+    rounded = size if late else float(f"{size:.3g}")
+    return late, rounded, config.parallel.reshard, -config.train.micro_batch_size
 
 
 def _layouts(config: Config, fixed: set[str], world_size: int, model: ModelConfig, cluster: Cluster) -> list[Layout]:

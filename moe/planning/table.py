@@ -25,7 +25,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _traffic(best["traffic"])
     yield from _ranking(facts["ranking"])
-    yield "run it with: " + " ".join(best["overrides"])
+    verdict = "run it with" if best["fits"] else "nothing fits, more GPUs are needed; the leanest is"
+    yield f"{verdict}: {' '.join(best['overrides'])}"
 
 
 def _memory(best: dict[str, Any], capacity: float) -> Iterator[str]:

@@ -254,12 +254,12 @@ def test_metadata_that_is_none(folder: Path, content: bytes) -> None:
 def test_command_verifies(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(folder)]) == 0
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
-        ["step-00000001", "ok"],
-        ["step-00000002", "ok"],
+        ["step-00000001", "intact"],
+        ["step-00000002", "intact"],
     ]
     swap(newest(folder))
     assert main(["list", str(folder)]) == 0, "list does not read the shards"
-    capsys.readouterr()
+    assert all(" not verified " in line for line in capsys.readouterr().out.splitlines())
     assert main(["verify", str(folder), "--json"]) == 77
     printed = capsys.readouterr()
     facts = json.loads(printed.out)
