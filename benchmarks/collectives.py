@@ -13,13 +13,12 @@ import json
 import os
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import new_file, positive
 
 MIB = 2**20
 
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--mib", type=positive, nargs="+", default=[1, 16, 128, 512], help="bytes a rank holds of the whole"
     )
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     options = parser.parse_args()
     if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
         parser.error("start it with torchrun, a process for each GPU")
@@ -42,7 +41,7 @@ def main() -> None:
         for row in results:
             print(f"{row['collective']:16} {row['mib']:6.0f} {row['ms']:8.3f} {row['gb_per_second']:8.1f}")
         if options.json:
-            Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
     dist.destroy_process_group()
 
 

@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import new_file, positive
 from moe.config import compose
 from moe.hardware import GPUS
+from moe.parallel.layout import resolve
 from moe.plan import plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def main() -> None:
             results.append(measure(layout, options, Path(options.output or folder)))
             print_table(results)
             if options.json:
-                Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+                options.json.write_text(json.dumps(results, indent=1) + "\n")
     if any(result["exit_code"] for result in results):
         sys.exit(1)
 
@@ -53,20 +54,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log-interval", type=positive, default=5)
     parser.add_argument("--gpu", choices=GPUS, help="plan for this kind as well")
     parser.add_argument("--output", help="keep the run folders here")
-    parser.add_argument("--json", metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results there")
     parser.add_argument("overrides", nargs="*", help="for train.py, after --")
     options = parser.parse_args()
     if not 0 <= options.warmup < options.steps:
         parser.error(f"--warmup must be below --steps={options.steps}, not {options.warmup}")
+    for layout in options.layouts:
+        try:
+            axes, processes = read_layout(layout, options.gpus)
+            resolve(compose([*options.overrides, *axes]), processes)
+        except ValueError as error:
+            parser.error(f"--layouts {layout}: {error}")
     return options
+
+
+def read_layout(layout: str, gpus: int) -> tuple[list[str], int]:
+    """Overrides and processes of AXIS=N[,AXIS=N][@GPUS]."""
+    axes, _, processes = layout.partition("@")
+    return [f"parallel.{axis}" for axis in axes.split(",") if axis], int(processes or gpus)
 
 
 def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run of train.py."""
-    axes, _, gpus = layout.partition("@")
-    processes = int(gpus or options.gpus)
+    overrides, processes = read_layout(layout, options.gpus)
     run = layout.replace("=", "").replace(",", "-")
-    overrides = [f"parallel.{axis}" for axis in axes.split(",") if axis]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"),
         *options.overrides,

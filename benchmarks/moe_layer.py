@@ -12,11 +12,10 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import new_file, positive
 from benchmarks.peers_moe import COMPILED, PEERS, Shape, build
 from benchmarks.timing import measure
 
@@ -66,7 +65,7 @@ def run(description: str | None, shapes: dict[str, Shape]) -> int:
     parser.add_argument("--tokens", type=positive, default=32768)
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
     parser.add_argument("--layers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device here", file=sys.stderr)

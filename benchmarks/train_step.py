@@ -28,18 +28,18 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import count, pairwise
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import new_file, positive
 from benchmarks.peer_models import MODELS, PlainStep
+from data.errors import DataError
 from moe.config import ConfigError, compose
 from moe.parallel import choose_device, join_world, resolve
 from moe.telemetry.hardware import peak_tflops
-from moe.training import keep_freed_memory
+from moe.training import EXIT_CODES, keep_freed_memory
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 from moe.training.trainer import forbid_sync
@@ -232,7 +232,7 @@ def print_row(row: dict[str, Any]) -> None:
     mfu = f"{row['mfu']:7.1%}" if row["mfu"] is not None else " " * 7
     print(
         f"{row['name']:44} {row['tokens_per_second']:10,.0f} {mfu} {row['milliseconds']:9.1f} {row['fastest']:9.1f} "
-        f"{row['peak_gib']:8.1f}",
+        + (f"{row['peak_gib']:8.1f}" if row["peak_gib"] else ""),
         flush=True,
     )
     if row["kernels"]:
@@ -269,7 +269,7 @@ def main() -> int:
     parser.add_argument("--compare", metavar="KEY=A,B", help="one row for each value of a key")
     parser.add_argument("--peers", nargs="+", choices=MODELS, default=[])
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     parser.add_argument("overrides", nargs="*", help="of the configuration, after --")
     options = parser.parse_args()
     if int(os.environ.get("RANK", "0")):
@@ -283,9 +283,9 @@ def main() -> int:
         for number in range(options.rounds):
             arguments = options.steps, options.warmup, options.profile and number == 0
             all_of_them = [measure(contestant, *arguments) for contestant in all_of_them]
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 78
+        return EXIT_CODES[type(error)]
     rows = [contestant.row() for contestant in all_of_them]
     for row in rows:
         print_row(row)

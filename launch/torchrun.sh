@@ -16,6 +16,14 @@ source "$code/launch/environment.sh"
 # torch 2.13 on; before, half a minute it is.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-180}
 
+for name in NODES PROCESSES; do
+  [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || { echo "error: $name must be a number of at least 1, not ${!name}" >&2; exit 78; }
+done
+if [ -z "${PROCESSES:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "error: no GPU here: set PROCESSES, how many processes to start" >&2
+  exit 78
+fi
+
 meeting=(--standalone)
 if ((${NODES:-1} > 1)); then
   [ -n "${HOST:-}" ] || { echo "error: NODES=$NODES needs HOST, the address of one of them" >&2; exit 78; }

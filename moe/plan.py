@@ -28,6 +28,7 @@ from moe.planning.speed import Cluster
 from moe.planning.table import lines
 from moe.planning.traffic import step_traffic
 
+EXIT_NOTHING_FITS = 1
 EXIT_CONFIG_ERROR = 78
 MOST_GPUS = 8192
 SECONDS_A_DAY = 86_400
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG_ERROR
     print(json.dumps(facts, indent=1) if options.json else "\n".join(lines(facts)))
-    return 0
+    return 0 if facts["best"]["fits"] else EXIT_NOTHING_FITS
 
 
 def plan(overrides: Sequence[str]) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def plan(overrides: Sequence[str]) -> dict[str, Any]:
     cluster = Cluster(GPUS[own["gpu"]], _count("gpus_per_node", own["gpus_per_node"], MOST_GPUS))
     candidates = ranked(config, fixed, gpus, cluster)
     best = candidates[0]
+    chosen = {text.partition("=")[0] for text in best.overrides()}
     model, train = config.model.build(), config.train
     flops = model.flops_per_token(config.data.seq_len)
     real = weight_bytes(model, best.layout, best.config.runtime)
@@ -68,6 +70,7 @@ def plan(overrides: Sequence[str]) -> dict[str, Any]:
         raise RuntimeError("the formula of moe.planning.shards is not what is built")
     return {
         "name": config.name,
+        "asked": [text for text in overrides if text.partition("=")[0] not in chosen],
         "gpus": gpus,
         "gpu": cluster.gpu._asdict(),
         "gpus_per_node": cluster.gpus_per_node,

@@ -87,9 +87,10 @@ def test_a_slower_gpu_and_a_slower_network_take_longer(capsys: pytest.CaptureFix
 
 
 def test_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["+experiment=moe_145b", "gpus=8", "gpu=rtx_4090"]) == 0
+    assert plan.main(["+experiment=moe_145b", "gpus=8", "gpu=rtx_4090"]) == plan.EXIT_NOTHING_FITS
     output = capsys.readouterr().out
     assert "does not fit" in output
+    assert "run it with" not in output
     assert ", 0 fit; the leanest" in output
 
 
@@ -146,3 +147,12 @@ def test_of_equal_times_the_largest_micro_batch() -> None:
     smallest = plan.plan([*asked, "train.micro_batch_size=1"])["best"]
     assert smallest["fits"]
     assert best["step"]["sequences"] > 1
+
+
+def test_the_line_for_train_py_plans_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["+experiment=moe_2b", "train.global_batch_size=64", "train.micro_batch_size=4"]
+    assert plan.main([*asked, "gpus=2"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("run it with: train.py ").split()
+    assert {*asked} <= {*line}
+    assert len(line) == len({text.partition("=")[0] for text in line}), "each key once"
+    assert plan.plan([*line, "gpus=2"])["best"] == plan.plan([*asked, "gpus=2"])["best"]

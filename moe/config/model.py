@@ -267,6 +267,7 @@ def _check_model(config: ModelConfig) -> None:
     """Refuse shapes that no network can have, one line each."""
     for key in _POSITIVE:
         require(getattr(config, key) >= 1, f"model.{key}", "at least 1", getattr(config, key))
+        require(getattr(config, key) < 2**31, f"model.{key}", "below 2^31", getattr(config, key))
     require(config.num_hidden_layers <= 10_000, "model.num_hidden_layers", "at most 10,000", config.num_hidden_layers)
     for key in ("rope_theta", "rms_norm_eps", "initializer_range"):
         require(0 < getattr(config, key) < math.inf, f"model.{key}", "above 0 and finite", getattr(config, key))

@@ -135,7 +135,7 @@ class TrainConfig:
     batch_ramp: list[list[int]] = field(default_factory=list)
     """Smaller global batches at the start: [[end, size], ...], `size` sequences for the steps before `end`."""
     micro_batch_size: int = MISSING
-    """Sequences a forward pass on one rank; changes memory and speed, never the result's definition."""
+    """Sequences a forward pass on one rank: memory and speed, and with `seq_aux=false` what balance losses pool."""
     seed: int = 0
     compute_dtype: str = "bfloat16"
     """float32 or bfloat16: what blocks compute in. Masters, reductions and routers are always float32."""
@@ -180,7 +180,7 @@ class RuntimeConfig:
     attention_backend: str = "auto"
     """auto, sdpa (torch's kernels), flash_attn, flash_attn_3 or flash_attn_4: who computes attention."""
     compile: bool = False
-    """torch.compile of the parts whose shapes are static; token dispatch stays outside."""
+    """torch.compile of the parts whose shapes are static; exchanges of tokens between ranks stay outside."""
     activation_checkpointing: str = "none"
     """none; full: recompute blocks in the backward pass; selective: all but matrix products, attention and exchanges
     between ranks. Routing choices are saved, never recomputed."""

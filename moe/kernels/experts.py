@@ -42,7 +42,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, w
     grouped_mm, on the CPU too, by 5-20 %. `widths` are the H and I to be used: "auto" avoids grouped products where
     they break their alignment rule. Raises ValueError for a backend that cannot run here.
     """
-    device = torch.device(device)
+    device, widths = torch.device(device), tuple(widths)
     if name == "auto":
         return _fastest(device, dtype, widths)
     available = ", ".join(("auto", *available_backends()))
@@ -54,6 +54,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, w
         raise ValueError(f"expert backend 'megablocks' runs on CUDA devices only, not on {device.type}")
     if name in FUSED and not _is_hopper(device):
         raise ValueError(f"expert backend {name!r} runs on Hopper GPUs only; available here: {available}")
+    if name != "loop":
+        _check_grouped(name, dtype, widths)
     return name
 
 

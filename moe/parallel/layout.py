@@ -111,8 +111,16 @@ def find_batch_problem(layout: Layout, train: TrainConfig) -> str:
         if size % (train.micro_batch_size * layout.data):
             return (
                 f"{key} must be a multiple of train.micro_batch_size={train.micro_batch_size} times "
-                f"{layout.data} data-parallel ranks, not {size}"
+                f"{layout.data} data-parallel ranks, not {size}{_smaller_micro_batch(layout, train, sizes)}"
             )
+    return ""
+
+
+def _smaller_micro_batch(layout: Layout, train: TrainConfig, sizes: list[tuple[str, int]]) -> str:
+    """The largest that would do, in brackets, if there is one."""
+    for micro_batch_size in range(train.micro_batch_size - 1, 0, -1):
+        if not any(size % (micro_batch_size * layout.data) for _, size in sizes):
+            return f" (train.micro_batch_size={micro_batch_size} would do)"
     return ""
 
 

@@ -81,10 +81,9 @@ def _order(candidate: Candidate, cluster: Cluster) -> tuple[bool, float]:
 def _order_within_layout(candidate: Candidate, cluster: Cluster) -> tuple[bool, float, bool, int]:
     """Of times that are the same but for a rounding: weights gathered once, and the largest micro-batch, which launches
     least; times leave that out."""
-    late, size = _order(candidate, cluster)
-    config = candidate.config
-    rounded = size if late else float(f"{size:.3g}")
-    return late, rounded, config.parallel.reshard, -config.train.micro_batch_size
+    does_not_fit, cost = _order(candidate, cluster)
+    rounded = cost if does_not_fit else float(f"{cost:.3g}")
+    return does_not_fit, rounded, candidate.config.parallel.reshard, -candidate.config.train.micro_batch_size
 
 
 def _layouts(config: Config, fixed: set[str], world_size: int, model: ModelConfig, cluster: Cluster) -> list[Layout]:

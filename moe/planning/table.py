@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from _traffic(best["traffic"])
     yield from _ranking(facts["ranking"])
     verdict = "run it with" if best["fits"] else "nothing fits, more GPUs are needed; the leanest is"
-    yield f"{verdict}: {' '.join(best['overrides'])}"
+    yield f"{verdict}: train.py {shlex.join([*facts['asked'], *best['overrides']])}"
 
 
 def _memory(best: dict[str, Any], capacity: float) -> Iterator[str]:

@@ -48,6 +48,15 @@ def run(config: Config, command: Sequence[str]) -> None:
         finished = _run(config, command)
     except tuple(EXIT_CODES) as error:
         _fail(error)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory: a smaller train.micro_batch_size or model needs less, and `python -m moe.plan` "
+            f"says how much ({complaint(error)})",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     if not finished:
         print("stopped by a signal and saved; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
@@ -84,6 +93,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that every glibc takes
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # a CPU's has no type
 
 
 def _fail(error: BaseException) -> NoReturn:

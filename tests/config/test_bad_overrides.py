@@ -33,6 +33,7 @@ BAD = [
     ("optim.schedule.warmup_steps=1101", "optim.schedule.warmup_steps must be between 0 and train.steps=1100"),
     ("optim.schedule.milestones=[0.9,0.8]", "optim.schedule.milestones must be rising"),
     ("model.granularity=0", "model.granularity must be at least 1"),
+    ("model.vocab_size=9223372036854775808", "model.vocab_size must be below 2^31"),
     ("model.num_hidden_layers=100000000", "model.num_hidden_layers must be at most 10,000"),
     ("model.granularity=7", "model.granularity=7 misses model.expert_budget=8"),
     ("model.active_budget=9", "model.num_experts_per_tok must be between 1 and the 15 routed experts"),

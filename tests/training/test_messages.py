@@ -81,3 +81,17 @@ def test_another_process_in_the_same_run_is_refused(tmp_path: Path, cache: Path)
     finally:
         first.kill()
         first.communicate()
+
+
+def test_more_than_the_memory_is_one_line(tmp_path: Path, cache: Path) -> None:
+    huge = ["model.vocab_size=2000000000", "model.hidden_size=1048576"]  # beyond any address space
+    line = only_line(train(tmp_path, cache, *huge, "train.steps=5", code=1))
+    assert "out of memory" in line
+    assert "train.micro_batch_size" in line
+
+
+def test_widths_that_a_backend_cannot_take_are_refused_at_the_start(tmp_path: Path, cache: Path) -> None:
+    wrong = ["model.moe_intermediate_size=97", "runtime.expert_backend=grouped_mm"]
+    line = only_line(train(tmp_path, cache, *wrong, "train.steps=5", code=78))
+    assert line.startswith("error: runtime.expert_backend: ")
+    assert "97" in line
