@@ -8,6 +8,10 @@ Needs nothing but torchrun, which starts `train.py` once a layout; one that ends
 second and GPU over those of the first layout; the loss column is the largest relative difference of any log row's loss
 from the first layout's. Memory is the most that the first rank's allocator handed out. With --gpu what `moe.plan` says
 of that GPU stands beside speed and memory.
+
+A router that has just begun loads some experts several times as much as others, and ranks that share experts out wait
+for the fullest. With --trained N the first layout trains N steps before those that count, and the others go on from its
+checkpoint; steps of one micro-batch are enough: train.batch_ramp='[[N,64]]'.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,10 +43,12 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for layout in options.layouts:
-            results.append(measure(layout, options, Path(options.output or folder)))
+            results.append(measure(layout, options, Path(options.output or folder) / "layouts"))
             print_table(results)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1) + "\n")
+            if options.trained and results[0]["exit_code"]:
+                break  # there is nothing to go on from
     if any(result["exit_code"] for result in results):
         sys.exit(1)
 
@@ -51,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", required=True, metavar="AXIS=N[,AXIS=N][@GPUS]")
     parser.add_argument("--steps", type=positive, default=40)
     parser.add_argument("--warmup", type=int, default=10, help="steps at the start that are not timed (default: 10)")
+    parser.add_argument("--trained", type=int, default=0, metavar="N", help="steps before all others (default: 0)")
     parser.add_argument("--log-interval", type=positive, default=5)
     parser.add_argument("--gpu", choices=GPUS, help="plan for this kind as well")
     parser.add_argument("--output", help="keep the run folders here")
@@ -59,6 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if not 0 <= options.warmup < options.steps:
         parser.error(f"--warmup must be below --steps={options.steps}, not {options.warmup}")
+    if options.trained and options.trained < options.steps:  # there is one checkpoint, after --trained steps
+        parser.error(f"--trained must be 0 or at least --steps={options.steps}, not {options.trained}")
     for layout in options.layouts:
         try:
             axes, processes = read_layout(layout, options.gpus)
@@ -77,31 +88,34 @@ def read_layout(layout: str, gpus: int) -> tuple[list[str], int]:
 def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run of train.py."""
     overrides, processes = read_layout(layout, options.gpus)
-    run = layout.replace("=", "").replace(",", "-")
+    run, first_run = (folder / text.replace("=", "").replace(",", "-") for text in (layout, options.layouts[0]))
+    total = options.trained + options.steps
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "train.py"),
         *options.overrides,
         *overrides,
-        f"train.steps={options.steps}",
+        f"train.steps={total}",
         f"train.log_interval={options.log_interval}",
         "train.eval_interval=0",
-        "checkpoint.interval=0",
+        f"checkpoint.interval={options.trained}",
         "checkpoint.at_end=false",
-        f"optim.schedule.warmup_steps={options.steps // 4}",
+        f"optim.schedule.warmup_steps={total // 4}",
         "telemetry.report=false",
-        f"output_dir={folder}",
-        "name=layouts",
-        f"run={run}",
+        f"output_dir={folder.parent}",
+        f"name={folder.name}",
+        f"run={run.name}",
     ]
+    if options.trained and run != first_run and not run.exists():
+        shutil.copytree(first_run / "checkpoints", run / "checkpoints", copy_function=os.link)
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
         return {"layout": layout, "gpus": processes, "exit_code": done.returncode, "seconds": seconds}
-    lines = (folder / "layouts" / run / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "validation" not in row]
-    timed = [row for row in rows if row["step"] > options.warmup]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "validation" not in row and row["step"] > options.trained]
+    timed = [row for row in rows if row["step"] > options.trained + options.warmup]
     speed = statistics.median(row["tokens_per_second"] for row in timed) / processes
     return {
         "layout": layout,

@@ -37,9 +37,9 @@ from benchmarks.arguments import new_file, positive
 from benchmarks.peer_models import MODELS, PlainStep
 from data.errors import DataError
 from moe.config import ConfigError, compose
-from moe.parallel import choose_device, join_world, resolve
+from moe.parallel import join_world, resolve
 from moe.telemetry.hardware import peak_tflops
-from moe.training import EXIT_CODES, keep_freed_memory
+from moe.training import EXIT_CODES, prepare_process
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 from moe.training.trainer import forbid_sync
@@ -108,8 +108,8 @@ class Contestant:
 
     def _measure(self, steps: int, warmup: int, profiled: bool) -> None:
         config = self.config
-        if self.peer is None and choose_device(config.runtime.device).type == "cpu":
-            keep_freed_memory()
+        if self.peer is None:
+            prepare_process(config.runtime)
         stop = StopSignal(torch.device("cpu"), 1)
         with join_world(config.runtime.device, partial(resolve, config), config.parallel.timeout) as world:
             session = Session(config, world, stop, ["benchmarks.train_step"])
@@ -261,6 +261,11 @@ def contestants(options: argparse.Namespace) -> list[Contestant]:
     return [*ours, *(Contestant(peer, options.overrides, peer) for peer in options.peers)]
 
 
+def sets_its_process(options: argparse.Namespace) -> bool:
+    """Whether contestants differ in what holds for a process, `moe.training.prepare_process`."""
+    return bool(options.peers and not torch.cuda.is_available()) or "deterministic" in (options.compare or "")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=20)
@@ -279,7 +284,7 @@ def main() -> int:
     print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)
     try:
         all_of_them = contestants(options)
-        measure = measured_apart if options.peers and not torch.cuda.is_available() else measured
+        measure = measured_apart if sets_its_process(options) else measured
         for number in range(options.rounds):
             arguments = options.steps, options.warmup, options.profile and number == 0
             all_of_them = [measure(contestant, *arguments) for contestant in all_of_them]

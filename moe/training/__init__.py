@@ -15,6 +15,7 @@ import torch
 from data.errors import DataError, complaint
 from moe.checkpoint import CheckpointError
 from moe.config import Config, ConfigError
+from moe.config.schema import RuntimeConfig
 from moe.parallel import EXIT_PEER_FAILED, PeerFailure, choose_device, join_world, resolve
 from moe.telemetry import MetricsError
 from moe.training.guard import NumericalAbort
@@ -63,19 +64,23 @@ def run(config: Config, command: Sequence[str]) -> None:
 
 
 def _run(config: Config, command: Sequence[str]) -> bool:
-    if config.runtime.num_threads:
-        torch.set_num_threads(config.runtime.num_threads)
-    if config.runtime.deterministic:
-        require_repeatable_kernels()
-    device, world_size = choose_device(config.runtime.device), int(os.environ.get("WORLD_SIZE", "1"))
-    if device.type == "cpu":
-        keep_freed_memory()
-    stop = StopSignal(device, world_size)
+    prepare_process(config.runtime)
+    stop = StopSignal(choose_device(config.runtime.device), int(os.environ.get("WORLD_SIZE", "1")))
     with (
         stop.listening(),
         join_world(config.runtime.device, partial(resolve, config), config.parallel.timeout) as world,
     ):
         return Session(config, world, stop, command).execute()
+
+
+def prepare_process(runtime: RuntimeConfig) -> None:
+    """Settings that hold for the whole process, before CUDA starts."""
+    if runtime.num_threads:
+        torch.set_num_threads(runtime.num_threads)
+    if runtime.deterministic:
+        require_repeatable_kernels()
+    if choose_device(runtime.device).type == "cpu":
+        keep_freed_memory()
 
 
 def require_repeatable_kernels() -> None:
