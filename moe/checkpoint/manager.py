@@ -20,6 +20,7 @@ from moe.checkpoint.coordinator import Coordinator, describe, nothing
 from moe.checkpoint.folders import CheckpointFolder
 from moe.checkpoint.manifest import MANIFEST_NAME, CheckpointError, FileRecord, Manifest, verify_listing
 from moe.checkpoint.reading import TRAIN_STATE_NAME, load_tensors, read_train_state, verify_folder
+from moe.checkpoint.staging import StagingMemory, bytes_for
 from moe.checkpoint.writing import ShardWriter, StagingPlanner
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class CheckpointManager:
         asynchronous: write in the background; otherwise `save` returns when the checkpoint is committed.
         process_group: the ranks that save together (default: all); one that moves only CUDA tensors is replaced by a
             gloo group of the same ranks.
+        device: the GPU that the tensors are on, if they are on one.
 
     Raises:
         ValueError: `keep_last` below 1 or `keep_every` below 0.
@@ -65,6 +67,7 @@ class CheckpointManager:
         keep_every: int = 0,
         asynchronous: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if keep_last < 1 or keep_every < 0:
             raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: at least 1 and 0 are needed")
@@ -77,9 +80,18 @@ class CheckpointManager:
         self._asynchronous = asynchronous
         self._coordinator = Coordinator(process_group)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._staging = StagingMemory(device if device is not None and device.type == "cuda" else None)
         self._flight: _Flight | None = None
         self._sweep: Future[None] | None = None
         self._broken: set[int] = set()
+
+    def prepare(self, tensors: dict[str, Any]) -> None:
+        """Take the memory that saves of `tensors` will copy to, in the background; without it the first save does."""
+        planner = StagingPlanner()
+        plan = self._coordinator.exchange(
+            lambda: planner.local_plan(tensors, self._is_first), lambda plans: planner.create_global_plan(plans)[0]
+        )
+        self._worker.submit(self._staging.reserve, bytes_for(planner.originals(plan)))
 
     def save(self, step: int, tensors: dict[str, Any], train_state: dict[str, Any]) -> None:
         """Save a nested dict of tensors and DTensors, and a JSON object, as `step`.
@@ -93,7 +105,7 @@ class CheckpointManager:
         self.wait()
         flight, plan = self._plan(step, tensors, train_state)
         try:
-            flight.planner.stage(plan)
+            flight.planner.stage(plan, self._staging)
             flight.written = self._worker.submit(flight.writer.write_shard, plan, flight.planner)
         except Exception as error:  # The other ranks are on their way to the commit: it has to fail there, on all.
             flight.written.set_exception(error)
@@ -166,8 +178,7 @@ class CheckpointManager:
 
         def local_plan() -> SavePlan:
             flight.train_state = _to_json(train_state)
-            planner.set_up_planner(tensors, is_coordinator=self._is_first)
-            return planner.create_local_plan()
+            return planner.local_plan(tensors, self._is_first)
 
         def decide(local: list[SavePlan]) -> list[tuple[SavePlan, Path]]:
             with contextlib.suppress(OSError):  # Whatever is wrong with the folder, writing to it will say so.

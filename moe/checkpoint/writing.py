@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from moe.checkpoint.manifest import CheckpointError, FileRecord
+from moe.checkpoint.staging import StagingMemory
 
 
 class StagingPlanner(DefaultSavePlanner):
@@ -30,31 +31,33 @@ class StagingPlanner(DefaultSavePlanner):
         super().__init__()
         self._staged: dict[object, torch.Tensor] = {}
 
-    def create_local_plan(self) -> SavePlan:
+    def local_plan(self, tensors: dict[str, Any], is_coordinator: bool) -> SavePlan:
         """This rank's items.
 
         Raises:
             CheckpointError: a value is not a tensor; it names the key.
         """
+        self.set_up_planner(tensors, is_coordinator=is_coordinator)
         for key, value in self.state_dict.items():
             if not isinstance(value, torch.Tensor):
                 raise CheckpointError(
                     f"{key}: {type(value).__name__} instead of a tensor; plain values go into train_state"
                 )
-        return super().create_local_plan()
+        return self.create_local_plan()
 
-    def stage(self, plan: SavePlan) -> None:
-        """Copy what `plan` writes to (on CUDA: pinned) CPU memory and let go of the originals."""
-        for item in plan.items:
-            shard = cast(torch.Tensor, super().resolve_data(item)).detach()
-            self._staged[item.index] = shard.to("cpu", non_blocking=True, copy=True)
+    def originals(self, plan: SavePlan) -> list[torch.Tensor]:
+        """What `plan` writes, where it is now."""
+        return [cast(torch.Tensor, super(StagingPlanner, self).resolve_data(item)).detach() for item in plan.items]
+
+    def stage(self, plan: SavePlan, memory: StagingMemory) -> None:
+        """Copy what `plan` writes to `memory` and let go of the originals."""
+        copies = memory.copies(self.originals(plan))
+        self._staged = {item.index: copy for item, copy in zip(plan.items, copies, strict=True)}
         self.state_dict = {}
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The staged copy, handed out once so that its memory is free as soon as it is on disk."""
-        return self._staged.pop(write_item.index)
+        """The staged copy."""
+        return self._staged[write_item.index]
 
 
 class DurableFile(io.FileIO):

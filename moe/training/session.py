@@ -56,6 +56,7 @@ class Session:
             keep_every=config.checkpoint.keep_every,
             asynchronous=config.checkpoint.asynchronous,
             process_group=world.group,
+            device=world.device,
         )
         self.step = self.first_step = 0
         self.validated_step = -1
@@ -118,6 +119,8 @@ class Session:
 
     def _execute(self) -> bool:
         self._resume()
+        if self.config.checkpoint.interval > 0 or self.config.checkpoint.at_end:
+            self.checkpoints.prepare(self._state_tensors())
         self.log.open(self.step, self.validated_step, self.text, self.model.config)
         self._warn_of_device_groups()
         try:
