@@ -110,15 +110,16 @@ class Start:
         return (self.run / "0.err").read_text(errors="replace")
 
     def pace(self, interval: int) -> tuple[float, float]:
-        """Seconds of the median step, and by how much the slowest behind a checkpoint exceeds it."""
+        """Seconds of the median step, and by how much that behind the first checkpoint exceeds it: one behind a later
+        checkpoint may wait for the files of the earlier one, which comes within seconds here."""
         rows = self.rows()[self.first_step :]  # the first waits for compilation
         took = {
             after["step"]: after["elapsed_seconds"] - before["elapsed_seconds"]
             for before, after in zip(rows, rows[1:], strict=False)
         }
-        behind = [seconds for step, seconds in took.items() if (step - 1) % interval == 0]
         usual = statistics.median(took.values())
-        return usual, max(behind, default=usual) - usual
+        behind = next((seconds for step, seconds in took.items() if (step - 1) % interval == 0), usual)
+        return usual, behind - usual
 
 
 def main() -> int:

@@ -60,7 +60,7 @@ class Attained(NamedTuple):
     """Of links and network: collectives. Assumed."""
     call_seconds: float = 20e-6
     """Until a collective starts. Assumed."""
-    split_call_seconds: float = 800e-6
+    split_call_seconds: float = 450e-6
     """The same along `tensor`, with the host's work on split tensors: fitted to `moe_2b` on two H100s, tensor 2."""
 
 
