@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mount", action="append", default=[], metavar="FROM:TO", help="a further folder that the container sees")
     add("--python", metavar="PATH", help="interpreter; default: this one, or the container's python")
     add("--no-snapshot", dest="snapshot", action="store_false", help="run the repository as it is when the job starts")
-    add("--dry-run", action="store_true", help="print the script; write and queue nothing")
+    add("--dry-run", action="store_true", help="print the script, to be read: queue nothing, make no copy of the code")
     add("--json", action="store_true", help="print facts as JSON")
     return parser
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,10 +151,18 @@ class CheckpointManager:
         """The newest step that passes `verify`; None if there is none."""
         return self._newest_intact(self.steps())[0]
 
-    def load(self, tensors: dict[str, Any], step: int | None = None, *, partial: bool = False) -> dict[str, Any] | None:
+    def load(
+        self,
+        tensors: dict[str, Any],
+        step: int | None = None,
+        *,
+        partial: bool = False,
+        check: Callable[[dict[str, Any]], None] = lambda train_state: None,
+    ) -> dict[str, Any] | None:
         """Fill `tensors` in place from the newest intact checkpoint, or from `step`; any number of ranks may load.
 
         `partial` reads only the top-level parts that `tensors` has, each of them whole: {"model": ...} to use a model.
+        `check` gets the `train_state` first and may raise, the same on every rank; nothing is filled then.
 
         Returns:
             The `train_state` saved with it and its "step"; None if there is no checkpoint at all.
@@ -166,7 +175,7 @@ class CheckpointManager:
         candidates = self.steps() if step is None else [step]
         chosen, reason = self._newest_intact(candidates)
         if chosen is not None:
-            return self._read(chosen, tensors, partial)
+            return self._read(chosen, tensors, partial, check)
         if reason:
             others = "" if len(candidates) == 1 else f" (none of {len(candidates)} checkpoints is intact)"
             raise CheckpointError(reason + others)
@@ -246,13 +255,16 @@ class CheckpointManager:
                 return step, "".join(reasons[:1])
         return None, "".join(reasons[:1])
 
-    def _read(self, step: int, tensors: dict[str, Any], partial: bool) -> dict[str, Any]:
+    def _read(
+        self, step: int, tensors: dict[str, Any], partial: bool, check: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
         folder = self._steps()[step]
         world_size = self._coordinator.world_size
         try:
             train_state = self._coordinator.exchange(
                 lambda: read_train_state(folder), lambda states: [states[0]] * world_size
             )
+            check(train_state)
             load_tensors(folder, step, tensors, self._coordinator.group, partial=partial)
         except CheckpointError as error:
             raise CheckpointError(f"{folder.name}: {error}") from None

@@ -35,6 +35,12 @@ def _is_installed(backend: str) -> bool:
     return has_triton() and (backend == "triton" or has_quack())
 
 
+def _runs_on(backend: str, device: torch.device) -> bool:
+    if backend in FUSED:
+        return _is_hopper(device)
+    return backend != "megablocks" or device.type == "cuda"
+
+
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, widths: Iterable[int] = ()) -> str:
     """Turn "auto" into the fastest backend for this device and dtype; check any other name.
 
@@ -45,15 +51,14 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, w
     device, widths = torch.device(device), tuple(widths)
     if name == "auto":
         return _fastest(device, dtype, widths)
-    available = ", ".join(("auto", *available_backends()))
+    available = ", ".join(("auto", *(backend for backend in available_backends() if _runs_on(backend, device))))
     if name not in BACKENDS:
         raise ValueError(f"expert backend {name!r} is not one of {available}")
     if name not in available_backends():
         raise ValueError(f"{_missing(name)}; available here: {available}")
-    if name == "megablocks" and device.type != "cuda":
-        raise ValueError(f"expert backend 'megablocks' runs on CUDA devices only, not on {device.type}")
-    if name in FUSED and not _is_hopper(device):
-        raise ValueError(f"expert backend {name!r} runs on Hopper GPUs only; available here: {available}")
+    if not _runs_on(name, device):
+        kind = "Hopper GPUs" if name in FUSED else "CUDA devices"
+        raise ValueError(f"expert backend {name!r} runs on {kind} only; available here: {available}")
     if name != "loop":
         _check_grouped(name, dtype, widths)
     return name

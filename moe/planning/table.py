@@ -17,6 +17,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield f"{facts['name']} on {facts['gpus']} {gpu['device_name']}, {facts['gpus_per_node']} a node: {best['layout']}"
     yield f"  parameters {facts['num_params']:,}, {facts['num_active_params']:,} of them active for a token"
     yield f"  micro-batches a step: {step['micro_batches']}, of {step['sequences']} x {step['seq_len']} tokens"
+    yield f"  routed experts as {'quack or triton do' if step['fused_experts'] else 'grouped_mm does'} them"
     yield f"  FLOPs a token {facts['flops_per_token']:.4g}, of all {facts['tokens']:,} tokens"
     yield f"  {facts['flops_per_token'] * facts['tokens']:.4g} FLOPs in all: {facts['days']:,.1f} days"
     yield ""

@@ -231,17 +231,9 @@ class Session:
 
     def _resume(self) -> None:
         tensors = self._state_tensors()
-        state = self.checkpoints.load(tensors)
+        state = self.checkpoints.load(tensors, check=self._require_same_recipe)
         if state is None:
             return
-        changes = difference(state["recipe"], self.recipe)
-        accepted = [change for change in changes if self.config.data.accept_change and change.startswith("data.")]
-        for change in accepted:
-            self.log.message(f"resuming although {change}")
-        if changes := [change for change in changes if change not in accepted]:
-            raise ConfigError(
-                f"run: {self.folder} holds another recipe ({'; '.join(changes[:3])}); choose another run name"
-            )
         torch.set_rng_state(tensors["rng"]["cpu"])
         if "cuda" in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.world.device)
@@ -250,7 +242,20 @@ class Session:
         self.validated_step = state["validated_step"]
         self.saved = (self.step, self.validated_step)
         self.rows.resume(self.step, state["elapsed_seconds"])
-        self.log.message(f"resuming from step {self.step} in {self.folder}{self._inexact()}")
+        if self.step == self.config.train.steps:
+            self.log.message(f"all {self.step} steps are done in {self.folder}")
+        else:
+            self.log.message(f"resuming from step {self.step} in {self.folder}{self._inexact()}")
+
+    def _require_same_recipe(self, state: dict[str, Any]) -> None:
+        changes = difference(state["recipe"], self.recipe)
+        accepted = [change for change in changes if self.config.data.accept_change and change.startswith("data.")]
+        for change in accepted:
+            self.log.message(f"resuming although {change}")
+        if changes := [change for change in changes if change not in accepted]:
+            raise ConfigError(
+                f"run: {self.folder} holds another recipe ({'; '.join(changes[:3])}); choose another run name"
+            )
 
     def _inexact(self) -> str:
         if self.world.device.type != "cuda" or self.config.runtime.deterministic:

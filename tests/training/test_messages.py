@@ -51,8 +51,17 @@ def test_corrupt_newest_checkpoint_falls_back_with_a_warning(tmp_path: Path, cac
 
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path, cache: Path) -> None:
     train(tmp_path, cache, "train.steps=4")
-    line = only_line(train(tmp_path, cache, "train.steps=4", "optim.lr=0.5", code=78))
-    assert "optim.lr" in line
+    for change in ("optim.lr=0.5", "model.num_hidden_layers=3"):  # the other shape before its tensors are looked for
+        line = only_line(train(tmp_path, cache, "train.steps=4", change, code=78))
+        assert "another recipe" in line
+        assert change.partition("=")[0] in line
+
+
+def test_a_run_that_is_done_says_so(tmp_path: Path, cache: Path) -> None:
+    train(tmp_path, cache, "train.steps=4")
+    output = train(tmp_path, cache, "train.steps=4")
+    assert "all 4 steps are done" in output
+    assert "resuming" not in output
 
 
 def test_numerical_abort_exits_76(tmp_path: Path, cache: Path) -> None:
