@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class StagingMemory:
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = np.empty(0, np.uint8)
         self._lock = threading.Lock()
 
     def reserve(self, size: int) -> None:
@@ -32,28 +34,23 @@ class StagingMemory:
         with self._lock:
             if size <= len(self._memory):
                 return
-            self._release()
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = np.empty(size, np.uint8)
             if self._device is not None:
-                self._memory.fill_(0)  # by all threads; locking would page it in with one
+                torch.from_numpy(self._memory).fill_(0)  # by all threads; locking would page it in with one
                 _page_lock(self._memory, self._device)
 
     def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Complete copies, in the same memory as those of the last call."""
         self.reserve(bytes_for(tensors))
-        memory, start, copies = self._memory.numpy(), 0, []
+        start, copies = 0, []
         for tensor in tensors:
             # a storage of its own, without which torch.save would write the whole memory
-            piece = torch.from_numpy(memory[start : start + tensor.nbytes])
+            piece = torch.from_numpy(self._memory[start : start + tensor.nbytes])
             copies.append(piece.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True))
             start += _padded(tensor)
         if self._device is not None:
             torch.cuda.synchronize(self._device)
         return copies
-
-    def _release(self) -> None:
-        if self._device is not None and len(self._memory):
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
 
 
 def bytes_for(tensors: Sequence[Tensor]) -> int:
@@ -66,10 +63,12 @@ def _padded(tensor: Tensor) -> int:
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _page_lock(memory: Tensor, device: torch.device) -> None:
-    """Where the system refuses, copies only take longer."""
+def _page_lock(memory: np.ndarray, device: torch.device) -> None:
+    """Until the memory is freed, copies in it included. Where the system refuses, copies only take longer."""
+    runtime = torch.cuda.cudart()
     with torch.cuda.device(device):  # a thread begins with the first GPU
-        if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0:
+        if int(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
+            weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
             return
         with suppress(RuntimeError):  # CUDA reports the refusal once more, to whoever launches next
             torch.zeros(1, device=device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 
+import pytest
 import torch
 
 from moe.checkpoint.staging import StagingMemory, bytes_for
@@ -49,3 +51,31 @@ def test_a_copy_alone_is_what_is_written() -> None:
     file = io.BytesIO()
     torch.save(copy, file)
     assert len(file.getvalue()) < 4096
+
+
+def test_page_locked_as_long_as_it_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(pointer: int, size: int, flags: int) -> int:
+            calls.append("locked")
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(pointer: int) -> int:
+            calls.append("unlocked")
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    memory = StagingMemory(torch.device("cuda", 1))
+    memory.reserve(64)
+    memory.reserve(64)
+    copies = memory.copies(TENSORS)
+    assert calls == ["locked", "unlocked", "locked"]
+    del memory
+    assert calls.count("unlocked") == 1, "copies are still there"
+    del copies
+    assert calls.count("unlocked") == 2
