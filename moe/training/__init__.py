@@ -50,6 +50,8 @@ def run(config: Config, command: Sequence[str]) -> None:
     except tuple(EXIT_CODES) as error:
         _fail(error)
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            error.add_note(_advice_on_compilation())
         if not _is_out_of_memory(error):
             raise
         print(
@@ -102,6 +104,15 @@ def keep_freed_memory() -> None:
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # a CPU's has no type
+
+
+def _advice_on_compilation() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # takes a second
+
+    return (
+        "error: torch.compile failed; runtime.compile=false does without. An earlier compilation that was interrupted "
+        f"can have left half a file in {cache_dir()}: delete that folder"
+    )
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -104,3 +104,12 @@ def test_widths_that_a_backend_cannot_take_are_refused_at_the_start(tmp_path: Pa
     line = only_line(train(tmp_path, cache, *wrong, "train.steps=5", code=78))
     assert line.startswith("error: runtime.expert_backend: ")
     assert "97" in line
+
+
+def test_a_failed_compilation_says_what_helps(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    output = train(tmp_path, cache, "train.steps=5", "runtime.compile=true", code=1)
+    last = output.strip().splitlines()[-1]
+    assert "runtime.compile=false" in last
+    assert str(tmp_path / "compiled") in last
