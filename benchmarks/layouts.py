@@ -82,6 +82,8 @@ def parse_arguments() -> argparse.Namespace:
 def read_layout(layout: str, gpus: int) -> tuple[list[str], int]:
     """Overrides and processes of AXIS=N[,AXIS=N][@GPUS]."""
     axes, _, processes = layout.partition("@")
+    if processes and not processes.lstrip("0").isdecimal():
+        raise ValueError(f"after @ comes a number of GPUs, not {processes}")
     return [f"parallel.{axis}" for axis in axes.split(",") if axis], int(processes or gpus)
 
 

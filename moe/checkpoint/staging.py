@@ -17,8 +17,8 @@ _ALIGNMENT = 64
 class StagingMemory:
     """CPU memory that all saves of a run copy to, page-locked for copies from a GPU.
 
-    It is taken once: a GiB takes a second to page in and lock, and a fiftieth to copy. torch's own page-locked memory
-    would be rounded up to a power of two for each tensor.
+    It is taken once: a GiB takes a third of a second to page in and lock, and a fiftieth to copy. torch's own
+    page-locked memory takes a second, and is rounded up to a power of two for each tensor.
 
     Args:
         device: the GPU that copies to it; None: there is none.

@@ -64,6 +64,12 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, w
     return name
 
 
+def describe_backend(name: str) -> str:
+    """The name, and the compiled functions of its package that torch stands in for. Loads the package."""
+    stand_ins = megablocks.load().stand_ins if name == "megablocks" else []
+    return f"{name} (torch stands in for {', '.join(stand_ins)})" if stand_ins else name
+
+
 def _missing(backend: str) -> str:
     return f"expert backend {backend!r} is not installed: run launch/install_gpu.sh"
 

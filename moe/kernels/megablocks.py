@@ -31,17 +31,17 @@ def is_installed() -> bool:
 def load() -> SimpleNamespace:
     """Import MegaBlocks, with torch stand-ins for compiled modules that are missing or do not load.
 
-    Returns its `ops` module, its memory-optimised `grouped_glu` function and `compiled_gemm`: whether grouped GEMMs
-    run by the compiled package. Raises ValueError when MegaBlocks is not installed.
+    Returns its `ops` module, its memory-optimised `grouped_glu` function, `compiled_gemm`: whether grouped GEMMs
+    run by the compiled package, and the names of the `stand_ins`. Raises ValueError when MegaBlocks is not installed.
     """
     if not is_installed():
         raise ValueError(MISSING)
-    _provide("megablocks_ops", _megablocks_ops)
-    _provide("grouped_gemm", _grouped_gemm)
+    stand_ins = [*_provide("megablocks_ops", _megablocks_ops), *_provide("grouped_gemm", _grouped_gemm)]
     glu = importlib.import_module("megablocks.layers.glu")
     compiled_gemm = glu.gg.backend.gmm is not grouped_matmul
     ops = importlib.import_module("megablocks.ops")
-    return SimpleNamespace(ops=ops, grouped_glu=glu.memory_optimized_grouped_glu, compiled_gemm=compiled_gemm)
+    grouped_glu = glu.memory_optimized_grouped_glu
+    return SimpleNamespace(ops=ops, grouped_glu=grouped_glu, compiled_gemm=compiled_gemm, stand_ins=stand_ins)
 
 
 @torch.compiler.disable
@@ -117,11 +117,14 @@ class _PrivateGradient(torch.autograd.Function):
         return grad.clone(memory_format=torch.contiguous_format)
 
 
-def _provide(name: str, build_stand_in: Callable[[], ModuleType]) -> None:
+def _provide(name: str, build_stand_in: Callable[[], ModuleType]) -> list[str]:
+    """The functions that had to be stood in for."""
     try:
         importlib.import_module(name)
     except ImportError:
-        sys.modules[name] = build_stand_in()
+        module = sys.modules[name] = build_stand_in()
+        return [f"{name}.{function}" for function in module.__all__]
+    return []
 
 
 def _megablocks_ops() -> ModuleType:
@@ -129,6 +132,7 @@ def _megablocks_ops() -> ModuleType:
     functions = (sort, histogram, inclusive_cumsum, exclusive_cumsum, indices, replicate_forward, replicate_backward)
     for function in functions:
         setattr(module, function.__name__, function)
+    module.__all__ = [function.__name__ for function in functions]  # type: ignore[attr-defined]
     return module
 
 
@@ -136,6 +140,7 @@ def _grouped_gemm() -> ModuleType:
     module = ModuleType("grouped_gemm", "Torch equivalent of the grouped_gemm package.")
     namespace = SimpleNamespace(gmm=grouped_matmul)
     module.backend = module.ops = namespace  # type: ignore[attr-defined]
+    module.__all__ = [*vars(namespace)]  # type: ignore[attr-defined]
     return module
 
 

@@ -50,16 +50,16 @@ def run(config: Config, command: Sequence[str]) -> None:
     except tuple(EXIT_CODES) as error:
         _fail(error)
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            print(
+                "error: out of memory: a smaller train.micro_batch_size or model needs less, and `python -m moe.plan` "
+                f"says how much ({complaint(error)})",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             error.add_note(_advice_on_compilation())
-        if not _is_out_of_memory(error):
-            raise
-        print(
-            f"error: out of memory: a smaller train.micro_batch_size or model needs less, and `python -m moe.plan` "
-            f"says how much ({complaint(error)})",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        raise
     if not finished:
         print("stopped by a signal and saved; run the same command again to go on", file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)

@@ -16,6 +16,7 @@ import yaml
 
 from data import Text
 from moe.config import Config, ModelConfig
+from moe.kernels.experts import describe_backend
 from moe.parallel import World
 from moe.telemetry import ConsoleLogger, MetricsFile, WandbLogger, WandbMode, redact
 from moe.telemetry.hardware import device_name, peak_memory_gib
@@ -57,7 +58,8 @@ class RunLog:
         self.message(
             f"{redact(' '.join([name, *self.command[1:]]))}: {model.num_params():,} parameters, "
             f"{model.num_active_params():,} active; {self.world.size} x {device_name(self.world.device)}{layout}, "
-            f"experts by {self.backends['expert_backend']}, attention by {self.backends['attention_backend']}; "
+            f"experts by {describe_backend(self.backends['expert_backend'])}, "
+            f"attention by {self.backends['attention_backend']}; "
             f"run folder {self.folder}"
         )
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.kernels import megablocks
-from moe.kernels.experts import expert_mlp, routed_experts
+from moe.kernels.experts import describe_backend, expert_mlp, routed_experts
 from moe.kernels.reference import moe_reference
 
 RUNNABLE = megablocks.is_installed() and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
@@ -103,6 +104,26 @@ def test_too_many_rows_for_32_bit_indices() -> None:
     experts = torch.empty(1, dtype=torch.int64, device="meta").expand(2**20, 2)
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 .*, not 1048576 x 2 x 2048: use smaller micro-batches"):
         megablocks.dropless_experts(tokens, experts, experts, torch.empty(1), torch.empty(1), None)
+
+
+def test_what_torch_stands_in_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_absent(name: str) -> None:
+        raise ImportError(name)
+
+    with monkeypatch.context() as patched:  # pytest imports as well
+        patched.setattr(sys, "modules", dict(sys.modules))
+        patched.setattr("moe.kernels.megablocks.importlib.import_module", is_absent)
+        stand_ins = [
+            *megablocks._provide("megablocks_ops", megablocks._megablocks_ops),
+            *megablocks._provide("grouped_gemm", megablocks._grouped_gemm),
+        ]
+    assert len(stand_ins) == 8
+    assert {"megablocks_ops.sort", "megablocks_ops.replicate_backward", "grouped_gemm.gmm"} <= {*stand_ins}
+    monkeypatch.setattr(megablocks, "load", lambda: SimpleNamespace(stand_ins=stand_ins))
+    assert "torch stands in for megablocks_ops.sort, " in describe_backend("megablocks")
+    monkeypatch.setattr(megablocks, "load", lambda: SimpleNamespace(stand_ins=[]))
+    assert describe_backend("megablocks") == "megablocks"
+    assert describe_backend("loop") == "loop"
 
 
 @pytest.fixture
