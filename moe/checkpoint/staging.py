@@ -30,7 +30,7 @@ class StagingMemory:
         self._lock = threading.Lock()
 
     def reserve(self, size: int) -> None:
-        """Have `size` bytes (see `bytes_for`); can run beside the training. Copies are lost if there were fewer."""
+        """Have at least `size` bytes (see `bytes_for`); can run beside the training."""
         with self._lock:
             if size <= len(self._memory):
                 return
