@@ -31,7 +31,8 @@ class Visitors(NamedTuple):
 class Dispatcher(Protocol):
     """Brings tokens to experts that ranks share out, and back. Dropless: no capacity, no padding.
 
-    Tokens may be under way from rank to rank between `dispatch` and `receive`, and other work can be done.
+    Tokens may be under way from rank to rank between `dispatch` and `receive`, and their experts' outputs between
+    `send_back` and `combine`; other work can be done meanwhile.
     """
 
     def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Any:
@@ -39,13 +40,17 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch(self, x: Tensor, routing: Routing, plan: Any) -> Any:
-        """(N, H) tokens -> what the two other methods need."""
+        """(N, H) tokens -> what the other methods need."""
         ...
 
     def receive(self, sent: Any) -> Visitors: ...
 
-    def combine(self, outputs: Tensor, sent: Any) -> Tensor:
-        """(M, H) gated sums of the experts on this device -> (N, H), of all; zero where not valid."""
+    def send_back(self, outputs: Tensor, sent: Any) -> Any:
+        """(M, H) gated sums of the experts on this device -> what `combine` needs."""
+        ...
+
+    def combine(self, returning: Any) -> Tensor:
+        """-> (N, H), the gated sums of all experts; zero where not valid."""
         ...
 
 
@@ -108,7 +113,7 @@ class MoE(nn.Module):
         One function without data-dependent shapes, so that it compiles as a whole.
         """
         routed = self.experts.route(x.flatten(0, 1), routing, valid)
-        return self.join(residual, routed, self.shared(x))
+        return self.join(residual, routed, self.shared_experts(x) if self.shared_experts else None)
 
     def mix_apart(
         self,
@@ -119,22 +124,24 @@ class MoE(nn.Module):
         tokens: Tokens,
         kept: KeptChoice | None,
     ) -> tuple[Tensor, RoutingStats]:
-        """The same with experts on other ranks as well, and the statistics: these last, while the device is busy, which
-        behind a dispatch waits for every launch."""
+        """The same with experts on other ranks as well, and the statistics.
+
+        The first half of the shared experts' work hides the tokens' way to the routed ones, the second the outputs' way
+        back, and so it is with gradients: backward, what is called later goes first.
+        """
         plan = dispatcher.plan(routing, tokens.valid.flatten(), kept)
         sent = dispatcher.dispatch(x.flatten(0, 1), routing, plan)
-        shared = self.shared(x)  # while the tokens travel
-        routed = dispatcher.combine(self.experts(*dispatcher.receive(sent)), sent)
-        return self.join(residual, routed, shared), self.statistics(routing, tokens)
+        gate_up = self.shared_experts.gate_up(x) if self.shared_experts else None
+        outputs = self.experts(*dispatcher.receive(sent))
+        returning = dispatcher.send_back(outputs, sent)
+        shared = self.shared_experts.down(*gate_up) if self.shared_experts and gate_up else None
+        statistics = self.statistics(routing, tokens)
+        return self.join(residual, dispatcher.combine(returning), shared), statistics
 
     def join(self, residual: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
         """The residual stream (B, T, H) with what the routed (N, H) and the shared experts (B, T, H) add."""
         routed = routed.view_as(residual)
         return residual + (routed if shared is None else routed + shared)
-
-    def shared(self, x: Tensor) -> Tensor | None:
-        """The shared experts' output, where there are any."""
-        return None if self.shared_experts is None else self.shared_experts(x)
 
     def statistics(self, routing: Routing, tokens: Tokens) -> RoutingStats:
         return routing_stats(routing, tokens, self.num_languages, self.config, self.pool)

@@ -30,4 +30,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., H) -> (..., H)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down(*self.gate_up(x))
+
+    def gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., H) -> gate and up, (..., I) each: the first half, so that the halves can be done at different times."""
+        return self.gate_proj(x), self.up_proj(x)
+
+    def down(self, gate: Tensor, up: Tensor) -> Tensor:
+        """The second half: (..., I) each -> (..., H)."""
+        return self.down_proj(F.silu(gate) * up)

@@ -7,8 +7,8 @@ A token travels once to a rank, however many of its experts live there, and one 
 gate values go with it, and the rows that its choices take among those of their experts. Dropless: what a rank receives
 depends on the routing alone, from nothing to everything. Counts are exchanged first, and sizes copied to the host once;
 that is the only time a dispatch waits for the device, so little is left to launch after it: what will be sent is copied
-meanwhile. Rows travel while the shared experts work, forward and backward: `dispatch` starts the exchange, `receive`
-waits for it, and in the backward pass `receive` starts the way back and `dispatch` waits.
+meanwhile. Rows travel while the shared experts work, forward and backward: `dispatch` and `send_back` start an exchange
+that `receive` and `combine` wait for, and in the backward pass these start their gradients' way, and those wait.
 """
 
 from __future__ import annotations
@@ -71,6 +71,16 @@ class Travelling:
     sizes: Sizes
 
 
+class Returning(NamedTuple):
+    """Outputs on their way from their experts."""
+
+    outputs: Tensor
+    """(S, H), undefined until combined."""
+    way: _Way
+    by_rank: Permutation
+    """As in `Travelling`."""
+
+
 class ExchangeDispatcher:
     """The dispatcher (see `moe.model.experts.Dispatcher`) of experts that the ranks of `group` share out.
 
@@ -125,10 +135,14 @@ class ExchangeDispatcher:
         rows = self._arrange(places.detach().view(torch.int32), sizes.before, sizes.rows)
         return Visitors(x, weights.contiguous(), Permutation(*rows, travelling.loads, None))
 
-    def combine(self, outputs: Tensor, travelled: Travelling) -> Tensor:
-        """(M, H) sums of the experts here -> (N, H), those of all ranks; zero for tokens that went nowhere."""
-        back = _Way(travelled.way.input_sizes, travelled.way.output_sizes, self.group)
-        return add_rows(back.finish(back.start(outputs)), travelled.by_rank)
+    def send_back(self, outputs: Tensor, travelled: Travelling) -> Returning:
+        """(M, H) sums of the experts here -> under way to where the tokens came from."""
+        way = _Way(travelled.way.input_sizes, travelled.way.output_sizes, self.group)
+        return Returning(way.start(outputs), way, travelled.by_rank)
+
+    def combine(self, returning: Returning) -> Tensor:
+        """-> (N, H), the sums of all ranks' experts; zero for tokens that went nowhere."""
+        return add_rows(returning.way.finish(returning.outputs), returning.by_rank)
 
     @torch.no_grad()
     def _copy(self, per_token: Tensor, by_rank: Permutation) -> Tensor:

@@ -102,7 +102,8 @@ def _compile_mixture(mixture: MoE, world: World, compute_dtype: torch.dtype) -> 
     if is_traceable and mixture.experts.backend == "grouped_mm":
         mixture.experts.forward = torch.compile(mixture.experts.forward, dynamic=True)  # type: ignore[method-assign]
     if mixture.shared_experts is not None:
-        mixture.shared_experts.compile()
+        mixture.shared_experts.gate_up = torch.compile(mixture.shared_experts.gate_up)  # type: ignore[method-assign]
+        mixture.shared_experts.down = torch.compile(mixture.shared_experts.down)  # type: ignore[method-assign]
 
 
 def _are_experts_apart(world: World) -> bool:

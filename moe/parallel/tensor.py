@@ -7,6 +7,8 @@ scatter the sum. Embedding, head and loss split the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ def split_tensors(model: Transformer, world: World) -> None:
         for name, module in block.named_modules():
             if isinstance(module, MLP):
                 plan |= {f"layers.{index}.{name}{part}": style for part, style in _mlp_plan().items()}
+                module.gate_up = partial(_gate_up_of_whole, module.gate_up, mesh)  # type: ignore[method-assign]
     parallelize_module(model, mesh, plan, src_data_rank=None)
     if model.embed_tokens is not None:
         # still on its way, and as such without a gradient in a compiled region; the copy waits for it
@@ -59,8 +62,19 @@ def _attention_plan() -> dict[str, ParallelStyle]:
 
 def _mlp_plan() -> dict[str, ParallelStyle]:
     column, row = ColwiseParallel(), RowwiseParallel(output_layouts=SEQUENCE)
-    gather = PrepareModuleInput(input_layouts=(SEQUENCE,), desired_input_layouts=(Replicate(),))
-    return {"": gather, ".gate_proj": column, ".up_proj": column, ".down_proj": row}
+    return {".gate_proj": column, ".up_proj": column, ".down_proj": row}
+
+
+def _gate_up_of_whole(
+    gate_up: Callable[[Tensor], tuple[Tensor, Tensor]], mesh: DeviceMesh, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`MLP.gate_up` of whole sequences, of this rank's part of the width."""
+    return gate_up(_whole(x, mesh))
+
+
+def _whole(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """(B, T / tensor, H), each rank's part -> (B, T, H)."""
+    return DTensor.from_local(x, mesh, [SEQUENCE], run_check=False).redistribute(placements=[Replicate()])
 
 
 def _own_part(tokens: Tokens, world: World) -> Tokens:
@@ -75,8 +89,7 @@ def _split_head(head: LMHead, mesh: DeviceMesh) -> None:
 
     def gather(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = arguments
-        whole = DTensor.from_local(hidden, mesh, [SEQUENCE], run_check=False).redistribute(placements=[Replicate()])
-        return whole.to_local(grad_placements=[Partial()]), *others
+        return _whole(hidden, mesh).to_local(grad_placements=[Partial()]), *others
 
     head.register_forward_pre_hook(gather)
     head.score = lambda hidden, weight, labels: _score_part(hidden, weight, labels, group)
