@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.kernels import has_triton
 from moe.kernels.halves import in_float32, linear
 from moe.model.experts import local
 
 IGNORE_INDEX = -100
 
 Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(n, H) x (V, H), (n,) labels -> (n,) float32 losses, 0 where not scored, and their gradients for the logits (n, V) in
-the dtype of the hidden states, where scored."""
+"""(n, H) x (V, H), (n,) labels -> (n,) float32 losses and their gradients for the logits (n, V) in the dtype of the
+hidden states; both 0 where not scored."""
 
 
 class LossSums(NamedTuple):
@@ -75,12 +76,13 @@ class _Loss(torch.autograd.Function):
             weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         losses = []
         for chunk in chunks:
-            chunk_losses, logits_grad = head.score(hidden[chunk], weight, labels[chunk])
+            # what is not scored may be anything, and 0 times NaN is not 0
+            scored = torch.where((labels[chunk] != IGNORE_INDEX)[:, None], hidden[chunk], 0)
+            chunk_losses, logits_grad = head.score(scored, weight, labels[chunk])
             losses.append(chunk_losses)
             if with_gradients:
-                scored = (labels[chunk] != IGNORE_INDEX)[:, None]
-                hidden_grad[chunk] = torch.where(scored, logits_grad @ weight, 0)
-                _add_product(weight_grad, logits_grad.T, torch.where(scored, hidden[chunk], 0))
+                torch.mm(logits_grad, weight, out=hidden_grad[chunk])
+                _add_product(weight_grad, logits_grad.T, scored)
         if with_gradients:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.dtype = weight.dtype
@@ -106,26 +108,22 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`Score` of a whole vocabulary."""
+    if hidden.is_cuda and has_triton():
+        from moe.kernels.cross_entropy import cross_entropy_  # needs Triton
+
+        logits = linear(hidden, weight)
+        return cross_entropy_(logits, labels, IGNORE_INDEX), logits
     logits = project(hidden, weight)
     at_label = torch.arange(len(labels), device=labels.device), labels.clamp(min=0)
-    at_labels, probabilities = (_softmax if logits.is_cuda else _softmax_in_place)(logits, at_label)
-    losses = torch.where(labels == IGNORE_INDEX, 0, -at_labels)
-    grad = probabilities.to(hidden.dtype)
-    grad[at_label] = torch.expm1(-losses).to(grad.dtype)
-    return losses, grad
-
-
-def _softmax(logits: Tensor, at_label: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(n, V) logits -> (n,) log probabilities of the labels and (n, V) probabilities."""
-    log_probabilities = F.log_softmax(logits, dim=-1)
-    return log_probabilities[at_label], log_probabilities.exp_()
-
-
-def _softmax_in_place(logits: Tensor, at_label: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same with one exponential a logit and in the logits' memory, which is what a CPU's time goes to."""
+    # one exponential a logit, and in the logits' memory: what a CPU's time goes to
     above = logits.amax(dim=-1) - logits[at_label]
     probabilities = torch.softmax(logits, dim=-1, out=logits)
-    return probabilities.amax(dim=-1).log() - above, probabilities
+    ignored = labels == IGNORE_INDEX
+    losses = torch.where(ignored, 0, above - probabilities.amax(dim=-1).log())
+    grad = probabilities.to(hidden.dtype)
+    grad[at_label] = torch.expm1(-losses).to(grad.dtype)
+    grad[ignored] = 0
+    return losses, grad
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -107,8 +107,9 @@ def _score_part(hidden: Tensor, weight: Tensor, labels: Tensor, group: dist.Proc
     target = torch.where(is_own, logits.gather(1, place)[:, 0] - peak, 0)
     sums = torch.stack([exponentials.sum(dim=-1), target])
     dist.all_reduce(sums, group=group)
-    losses = torch.where(labels == IGNORE_INDEX, 0, sums[0].log() - sums[1])
-    grad = exponentials.div_(sums[0, :, None]).to(hidden.dtype)
+    ignored = labels == IGNORE_INDEX
+    losses = torch.where(ignored, 0, sums[0].log() - sums[1])
+    grad = exponentials.div_(torch.where(ignored, torch.inf, sums[0])[:, None]).to(hidden.dtype)
     at_label = torch.where(is_own, torch.expm1(-losses).to(grad.dtype), grad.gather(1, place)[:, 0])
     return losses, grad.scatter_(1, place, at_label[:, None])
 

@@ -269,12 +269,12 @@ def workspace_bytes(model: ModelConfig, layout: Layout, step: Step) -> dict[str,
 
 
 def logit_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """One chunk's logits and probabilities, (chunk, V) float32 each; compiled, which split vocabularies are not, logits
-    and their gradient in the compute dtype; on a CPU the latter and probabilities in place of the logits."""
+    """One chunk's logits (chunk, V) in the compute dtype, their gradient in their place; on a CPU in float32, beside a
+    gradient in another dtype; of a split vocabulary logits and exponentials, float32 each."""
     width = 2 * FLOAT32
-    if layout.tensor == 1 and step.kernels == "compiled":
-        width = 2 * step.compute_bytes
-    elif layout.tensor == 1 and step.kernels == "cpu":
+    if layout.tensor == 1 and step.kernels != "cpu":
+        width = step.compute_bytes
+    elif layout.tensor == 1:
         width = FLOAT32 + (0 if step.compute_bytes == FLOAT32 else step.compute_bytes)  # float32 is its own gradient
     return width * min(step.tokens, step.loss_chunk_size) * model.vocab_size // layout.tensor
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe.kernels import up_projection
+from moe.kernels import cross_entropy, up_projection
 from moe.kernels.experts import expert_mlp, permuted_experts, routed_experts
 from moe.kernels.permute import leading_rows, sort_by_expert
 from moe.kernels.reference import moe_reference
@@ -28,6 +29,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up_projection, "COLUMNS", 16)
     monkeypatch.setattr(up_projection, "DEPTH", 16)
     monkeypatch.setattr(up_projection, "BAND", 2)
+    monkeypatch.setattr(cross_entropy, "BLOCK", 32)
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +215,29 @@ def test_largest_of_equals_infinities_and_nan() -> None:
     scores = torch.tensor([[1.0, 2, 2, 1, 2], [-inf, -1, -inf, 0, inf], [-nan, -inf, -inf, -inf, -nan]])
     assert top_k(scores, 4).tolist()[:2] == [[1, 2, 4, 0], [4, 3, 1, 0]]
     assert sorted(top_k(scores, 5)[2].tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(9, 100), (5, 64), (4, 33), (3, 1), (0, 7)])
+def test_cross_entropy_in_place(rows: int, columns: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(rows, columns, generator=generator)).to(dtype)
+    labels = torch.randint(columns, (rows,), generator=generator)
+    labels[:1], labels[1:2], labels[3:4] = columns - 1, 0, -100
+    exact = logits.double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact, labels, ignore_index=-100, reduction="none")
+    (wanted_grad,) = torch.autograd.grad(wanted.sum(), exact)
+    losses = cross_entropy.cross_entropy_(logits, labels, -100)
+    torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        logits.double(), wanted_grad, rtol=0, atol={torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+    )
+    assert not logits[labels == -100].any()
+
+
+def test_cross_entropy_of_extreme_logits() -> None:
+    logits = torch.tensor([[3e38, -3e38, 0.0], [-1e4, -1e4, -1e4], [-torch.inf, 0.0, -torch.inf]])
+    labels = torch.tensor([0, 1, 1])
+    losses = cross_entropy.cross_entropy_(logits, labels, -100)
+    torch.testing.assert_close(losses, torch.tensor([0.0, math.log(3), 0.0]))
+    torch.testing.assert_close(logits, torch.tensor([[0.0, 0, 0], [1 / 3, -2 / 3, 1 / 3], [0, 0, 0]]))
