@@ -27,6 +27,7 @@ from parallel_helpers import (
     step_terms,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data import Batch
@@ -153,10 +154,13 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_first_step(
-    layout: Layout, parts: int = 1, runtime: dict[str, Any] | None = None, reshard: bool = False, **model: Any
+    layout: Layout,
+    parts: int = 1,
+    runtime: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    **model: Any,
 ) -> None:
-    config = config_of(runtime=runtime, **model)
-    config.parallel.reshard = reshard
+    config = config_of(runtime=runtime, parallel=parallel, **model)
     world, batch, expected = world_of(layout), ragged_batch(), expected_first_step(model)
     if world is None:
         return
@@ -170,7 +174,7 @@ def check_first_step(
     assert_gradients_close(clipped_step(shared, config, norm, 0.1), expected.clipped, 1e-5)
 
 
-def check_compiled(layout: Layout) -> None:
+def check_compiled(layout: Layout, chunks: int = 1) -> None:
     """Compiled regions around the exchanges change nothing, and other numbers of arrivals compile nothing again."""
     world, batches = world_of(layout), [ragged_batch(), ragged_batch(seed=1)]
     if world is None:
@@ -184,7 +188,8 @@ def check_compiled(layout: Layout) -> None:
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend=record))
-        models = [build_model(config_of(runtime={"compile": on}), world) for on in (False, True)]
+        configs = [config_of(runtime={"compile": on}, parallel={"dispatch_chunks": chunks}) for on in (False, True)]
+        models = [build_model(config, world) for config in configs]
         compiled_once = 0
         for batch in batches:
             expected, found = ([*one_step(world, model, config_of(), batch, 1)] for model in models)
@@ -421,13 +426,14 @@ def check_device_groups(folder: Path, cache: Path, layout: Layout) -> None:
     assert "n_device_groups=3 groups of experts, not that of the parallel.expert=" in warning
 
 
-def check_host_copies(layout: Layout) -> None:
+def check_host_copies(layout: Layout, chunks: int = 1) -> None:
     """A step waits for the device once a dispatch, for the sizes of its exchange, and for nothing else."""
     world = world_of(layout)
     if world is None:
         return
-    model, batch, copies = build_model(config_of(), world), ragged_batch(), []
-    one_step(world, model, config_of(), batch, 1)  # what happens once is behind us
+    config, batch, copies = config_of(parallel={"dispatch_chunks": chunks}), ragged_batch(), []
+    model = build_model(config, world)
+    one_step(world, model, config, batch, 1)  # what happens once is behind us
     with pytest.MonkeyPatch.context() as patch:
         for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(Tensor, name, _counted(getattr(Tensor, name), name, copies))
@@ -435,6 +441,39 @@ def check_host_copies(layout: Layout) -> None:
         loss = sum(step_terms(model, share(batch, world), 64, 64), torch.zeros(()))
         loss.backward()
     assert copies == ["tolist"] * len(model.moe_blocks())
+
+
+class ProductsMeanwhile(TorchDispatchMode):
+    """Counts the matrix products that are called while rows are under way, exchange by exchange."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.products = width, 0
+        self.under_way: dict[int, int] = {}
+        self.meanwhile: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        self.products += name in ("mm", "addmm", "bmm", "_grouped_mm")
+        if name == "all_to_all_single" and result.shape[1:] == (self.width,):
+            self.under_way[result.data_ptr()] = self.products
+        elif name == "wait_tensor" and args[0].data_ptr() in self.under_way:
+            self.meanwhile.append(self.products - self.under_way.pop(args[0].data_ptr()))
+        return result
+
+
+def check_meanwhile(layout: Layout, chunks: int) -> None:
+    """Something is computed during every exchange of rows, there and back, forward and backward."""
+    world = world_of(layout)
+    if world is None:
+        return
+    config = config_of(parallel={"dispatch_chunks": chunks})
+    model = build_model(config, world)
+    with ProductsMeanwhile(model.config.hidden_size) as counter:
+        one_step(world, model, config, ragged_batch(), 1)
+    assert len(counter.meanwhile) == 4 * chunks * len(model.moe_blocks())
+    assert min(counter.meanwhile) > 0
+    assert not counter.under_way
 
 
 def _counted(method: Any, name: str, calls: list[str]) -> Any:

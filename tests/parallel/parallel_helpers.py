@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from data import Batch
 from moe.config import ArchitectureConfig, Config
-from moe.config.schema import GuardConfig, RuntimeConfig, TrainConfig
+from moe.config.schema import GuardConfig, ParallelConfig, RuntimeConfig, TrainConfig
 from moe.model import IGNORE_INDEX, Transformer, initialise
 from moe.parallel import World, mark_last_micro_batch, parallelize
 from moe.training.optimizer import build_optimizer, clipping_scale, optimizer_tensors
@@ -38,7 +38,12 @@ ARCHITECTURE = {
 }
 
 
-def config_of(dtype: str = "float32", runtime: dict[str, Any] | None = None, **architecture: Any) -> Config:
+def config_of(
+    dtype: str = "float32",
+    runtime: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    **architecture: Any,
+) -> Config:
     """63 routed experts and a dense first layer unless `architecture` says otherwise; every balance term is on."""
     options = {"device": "cpu", "expert_backend": "grouped_mm"} | (runtime or {})
     train = TrainConfig(steps=100, global_batch_size=SEQUENCES, micro_batch_size=SEQUENCES, compute_dtype=dtype)
@@ -48,6 +53,7 @@ def config_of(dtype: str = "float32", runtime: dict[str, Any] | None = None, **a
         model=ArchitectureConfig(**(ARCHITECTURE | architecture)),
         train=train,
         runtime=RuntimeConfig(**options),
+        parallel=ParallelConfig(**(parallel or {})),
     )
     config.optim.schedule.warmup_steps = 0
     config.optim.eps = 1e-3  # else Adam turns a gradient's rounding into its sign

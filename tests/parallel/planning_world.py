@@ -40,7 +40,7 @@ class RowCounter:
     def _counting(self, gather: Any, dispatcher: ExchangeDispatcher) -> Any:
         def counting(counts: torch.Tensor) -> Any:
             gathered = gather(counts)
-            tokens = gathered[:, dispatcher.num_experts :]
+            tokens = gathered[:, :, dispatcher.num_experts :].sum(dim=1)
             self.sent += int(tokens[dispatcher.rank].sum())
             self.received += int(tokens[:, dispatcher.rank].sum())
             return gathered
@@ -49,14 +49,17 @@ class RowCounter:
 
 
 def check_traffic(
-    layout: Layout, parts: int = 1, runtime: dict[str, Any] | None = None, reshard: bool = False, **model: Any
+    layout: Layout,
+    parts: int = 1,
+    runtime: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    **model: Any,
 ) -> None:
     """Bytes and calls of a whole step, by axis and collective, are the formula's."""
     world = world_of(layout)
     if world is None:
         return
-    config = config_of(runtime=runtime, **model)
-    config.parallel.reshard = reshard
+    config = config_of(runtime=runtime, parallel=parallel, **model)
     trainer = build_trainer(config, world)
     batch = split(share(ragged_batch(), world), parts)
     trainer.step(0, batch)  # FSDP sets itself up

@@ -17,6 +17,7 @@ from layout_world import (
     check_first_step,
     check_host_copies,
     check_loads,
+    check_meanwhile,
     check_session,
     check_states,
     check_steps,
@@ -65,16 +66,37 @@ def cases() -> dict[str, Scenario]:
         add(check_first_step, layout, "5 experts, accumulated", parts=parts, **FEW)
         add(check_first_step, layout, "recomputed", parts=parts, runtime={"activation_checkpointing": "full"})
         add(check_first_step, layout, "partly recomputed", runtime={"activation_checkpointing": "selective"})
-        add(check_first_step, layout, "resharded", parts=parts, reshard=True)
+        add(check_first_step, layout, "resharded", parts=parts, parallel={"reshard": True})
+        add(check_first_step, layout, "in chunks", parts=parts, parallel={"dispatch_chunks": 3})
         for load in ("one rank", "all but one"):
             add(check_loads, layout, f"tokens to {load}", load=load)
         add(check_host_copies, layout, "one copy to the host a dispatch")
+        add(check_host_copies, layout, "one copy to the host a dispatch in chunks", chunks=2)
+        add(check_meanwhile, layout, "products while rows travel", chunks=1)
+        add(check_meanwhile, layout, "products while chunks travel", chunks=3)
     for layout in (Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=2)):
         add(check_first_step, layout, "hashed", **HASHED)
         add(check_first_step, layout, "pooled balance", seq_aux=False)
         add(check_first_step, layout, "none shared", n_shared_experts=0, scoring_func="sigmoid", norm_topk_prob=True)
         add(check_first_step, layout, "loop", runtime={"expert_backend": "loop"})
         add(check_compiled, layout, "compiled around exchanges")
+        add(check_compiled, layout, "compiled around exchanges in chunks", chunks=2)
+        chunks = {"dispatch_chunks": 2}
+        add(
+            check_first_step,
+            layout,
+            "in chunks, recomputed",
+            parallel=chunks,
+            runtime={"activation_checkpointing": "full"},
+        )
+        add(
+            check_first_step,
+            layout,
+            "in chunks, partly recomputed",
+            parallel=chunks,
+            runtime={"activation_checkpointing": "selective"},
+        )
+        add(check_first_step, layout, "in chunks, resharded", parts=2, parallel=chunks | {"reshard": True})
     add(check_first_step, Layout(tensor=2), "compiled", runtime={"compile": True})
     split = Layout(shard=2, tensor=2)
     add(check_first_step, split, "recomputed", parts=2, runtime={"activation_checkpointing": "full"})
@@ -82,7 +104,7 @@ def cases() -> dict[str, Scenario]:
     add(check_first_step, split, "grouped queries", num_key_value_heads=2)
     add(check_first_step, split, "logits in chunks", runtime={"loss_chunk_size": 7})
     add(check_first_step, Layout(shard=4), "5 experts", **FEW)
-    add(check_first_step, Layout(replicate=2, shard=2), "resharded", parts=2, reshard=True)
+    add(check_first_step, Layout(replicate=2, shard=2), "resharded", parts=2, parallel={"reshard": True})
     return found
 
 
