@@ -24,13 +24,15 @@ MIB = 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--mib", type=positive, nargs="+", default=[1, 16, 128, 512], help="bytes a rank holds of the whole"
     )
     parser.add_argument("--json", type=new_file, metavar="FILE")
     options = parser.parse_args()
-    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        parser.exit(1, "error: no CUDA device here\n")
+    if "LOCAL_RANK" not in os.environ:
         parser.error("start it with torchrun, a process for each GPU")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))

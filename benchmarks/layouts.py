@@ -29,10 +29,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.arguments import check_layout, new_file, overrides_of, positive
 from moe.config import compose
 from moe.hardware import GPUS
-from moe.parallel.layout import resolve
 from moe.plan import plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,11 +55,11 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=positive, default=2, help="processes of each run (default: 2)")
-    parser.add_argument("--layouts", nargs="+", required=True, metavar="AXIS=N[,AXIS=N][@GPUS]")
-    parser.add_argument("--steps", type=positive, default=40)
+    parser.add_argument("--layouts", nargs="+", type=layout_name, required=True, metavar="AXIS=N[,AXIS=N][@GPUS]")
+    parser.add_argument("--steps", type=positive, default=40, help="of each run (default: 40)")
     parser.add_argument("--warmup", type=int, default=10, help="steps at the start that are not timed (default: 10)")
     parser.add_argument("--trained", type=int, default=0, metavar="N", help="steps before all others (default: 0)")
-    parser.add_argument("--log-interval", type=positive, default=5)
+    parser.add_argument("--log-interval", type=positive, default=5, help="steps of a log row (default: 5)")
     parser.add_argument("--gpu", choices=GPUS, help="plan for this kind as well")
     parser.add_argument("--output", help="keep the run folders here")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the results there")
@@ -71,20 +70,22 @@ def parse_arguments() -> argparse.Namespace:
     if options.trained and options.trained < options.steps:  # there is one checkpoint, after --trained steps
         parser.error(f"--trained must be 0 or at least --steps={options.steps}, not {options.trained}")
     for layout in options.layouts:
-        try:
-            axes, processes = read_layout(layout, options.gpus)
-            resolve(compose([*options.overrides, *axes]), processes)
-        except ValueError as error:
-            parser.error(f"--layouts {layout}: {error}")
+        check_layout(parser, *read_layout(layout, options.gpus), options.overrides)
     return options
 
 
+def layout_name(text: str) -> str:
+    """AXIS=N[,AXIS=N][@GPUS]."""
+    _, at, processes = text.partition("@")
+    if at and not processes.lstrip("0").isdecimal():
+        raise argparse.ArgumentTypeError(f"after @ comes a number of GPUs, not {processes!r}")
+    return text
+
+
 def read_layout(layout: str, gpus: int) -> tuple[list[str], int]:
-    """Overrides and processes of AXIS=N[,AXIS=N][@GPUS]."""
+    """Overrides and processes."""
     axes, _, processes = layout.partition("@")
-    if processes and not processes.lstrip("0").isdecimal():
-        raise ValueError(f"after @ comes a number of GPUs, not {processes}")
-    return [f"parallel.{axis}" for axis in axes.split(",") if axis], int(processes or gpus)
+    return overrides_of(axes), int(processes or gpus)
 
 
 def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -99,6 +100,7 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
         f"train.steps={total}",
         f"train.log_interval={options.log_interval}",
         "train.eval_interval=0",
+        "train.eval_at_end=false",
         f"checkpoint.interval={options.trained}",
         "checkpoint.at_end=false",
         f"optim.schedule.warmup_steps={total // 4}",
@@ -109,6 +111,7 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
     ]
     if options.trained and run != first_run and not run.exists():
         shutil.copytree(first_run / "checkpoints", run / "checkpoints", copy_function=os.link)
+    print(f"{layout}: {total} steps", file=sys.stderr, flush=True)
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     seconds = time.perf_counter() - start

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive
+from benchmarks.arguments import check_layout, overrides_of, positive
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPED, PEER_FAILED = 75, 79
@@ -41,8 +41,7 @@ class Start:
         self.run, self.layout = run, layout
         self.began, self.first_step = time.perf_counter(), len(self.rows())
         run.mkdir(parents=True, exist_ok=True)
-        overrides = [f"parallel.{axis}" for axis in layout.split(",")]
-        command = [sys.executable, "train.py", *arguments, *overrides, f"output_dir={run.parents[1]}"]
+        command = [sys.executable, "train.py", *arguments, *overrides_of(layout), f"output_dir={run.parents[1]}"]
         command += [f"name={run.parent.name}", f"run={run.name}"]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -132,10 +131,19 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps < options.interval + 2:
         parser.error(f"--steps must be at least --interval={options.interval} plus 2, not {options.steps}")
+    for layout in options.layouts:
+        check_layout(parser, overrides_of(layout), options.gpus, options.overrides)
     total = options.steps * (len(options.layouts) + 2)
-    arguments = [*options.overrides, f"train.steps={total}", "train.log_interval=1", "train.eval_interval=0"]
-    arguments += [f"checkpoint.interval={options.interval}", "telemetry.report=false"]
-    arguments += [f"optim.schedule.warmup_steps={total // 4}"]
+    arguments = [
+        *options.overrides,
+        f"train.steps={total}",
+        "train.log_interval=1",
+        "train.eval_interval=0",
+        "train.eval_at_end=false",
+        f"checkpoint.interval={options.interval}",
+        f"optim.schedule.warmup_steps={total // 4}",
+        "telemetry.report=false",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder) / "recovery"
         disturbed = disturb(runs / "disturbed", arguments, options)

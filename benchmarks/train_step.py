@@ -268,9 +268,9 @@ def sets_its_process(options: argparse.Namespace) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=20)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--rounds", type=positive, default=1)
+    parser.add_argument("--steps", type=positive, default=20, help="that are timed in each round (default: 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them (default: 5)")
+    parser.add_argument("--rounds", type=positive, default=1, help="turns of every contestant (default: 1)")
     parser.add_argument("--compare", metavar="KEY=A,B", help="one row for each value of a key")
     parser.add_argument("--peers", nargs="+", choices=MODELS, default=[])
     parser.add_argument("--profile", action="store_true")

@@ -142,7 +142,8 @@ class TrainConfig:
     log_interval: int = 10
     """Steps between log rows; the only steps at which the host waits for the device."""
     eval_interval: int = 500
-    """Steps between validations; 0: only after the last step."""
+    """Steps between validations; the last step (`eval_at_end`) is followed by one as well. 0: only that."""
+    eval_at_end: bool = True
     guard: GuardConfig = field(default_factory=GuardConfig)
 
 

@@ -13,11 +13,11 @@ BLOCK, WARPS = 4096, 8
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """(n, V) logits, (n,) labels -> (n,) float32 losses; the logits become the losses' gradients for them.
+    """(n, V) contiguous logits, (n,) labels -> (n,) losses; the logits become the losses' gradients for them.
 
-    Both are 0 where the label is `ignored`.
+    Computed in float32. Both are 0 where the label is `ignored`; a label that there is not has a loss of NaN.
     """
-    assert logits.is_contiguous()
+    assert logits.is_contiguous(), "what is not in one piece cannot be replaced"
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
@@ -32,7 +32,8 @@ def _cross_entropy(logits, labels, losses, columns, IGNORED: tl.constexpr, BLOCK
     begin = logits + row * columns
     label = tl.load(labels + row)
     scored = label != IGNORED
-    at_label = tl.load(begin + label, mask=scored, other=0).to(tl.float32)
+    exists = (label >= 0) & (label < columns)
+    at_label = tl.load(begin + label, mask=exists, other=float("nan")).to(tl.float32)
     largest, total = -float("inf"), 0.0
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -40,9 +41,10 @@ def _cross_entropy(logits, labels, losses, columns, IGNORED: tl.constexpr, BLOCK
         before, largest = largest, tl.maximum(largest, tl.max(x))
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest))
     tl.store(losses + row, tl.where(scored, largest - at_label + tl.log(total), 0))
-    scale = tl.where(scored, 1 / total, 0)
+    scale = 1 / total
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(begin + column, mask=column < columns, other=-float("inf")).to(tl.float32)
         grad = tl.exp(x - largest) * scale - tl.where(column == label, 1.0, 0.0)
+        grad = tl.where(scored, grad, 0.0)
         tl.store(begin + column, grad.to(logits.dtype.element_ty), mask=column < columns)

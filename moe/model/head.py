@@ -1,7 +1,8 @@
 """The head and the loss as one module: hidden states and labels in, loss sums out, logits never kept.
 
 The loss is the end of the forward pass, so its gradients are computed there and then, chunk by chunk, while a chunk's
-logits exist: three products of the head's size, where keeping nothing and computing logits again would take four.
+logits exist: three products of the head's size, where keeping nothing and computing logits again would take four. They
+are constants to autograd: second derivatives do not pass through here.
 
     (n, H) chunk --W--> logits --> losses, softmax - one-hot --W--> gradient of the chunk
                                                    --chunk--> part of the gradient of W
@@ -23,8 +24,8 @@ from moe.model.experts import local
 IGNORE_INDEX = -100
 
 Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(n, H) x (V, H), (n,) labels -> (n,) float32 losses and their gradients for the logits (n, V) in the dtype of the
-hidden states; both 0 where not scored."""
+"""(n, H) x (V, H), (n,) labels -> (n,) losses, at least float32, and their gradients for the logits (n, V) in the dtype
+of the hidden states; both 0 where not scored."""
 
 
 class LossSums(NamedTuple):
@@ -113,15 +114,15 @@ def score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
         logits = linear(hidden, weight)
         return cross_entropy_(logits, labels, IGNORE_INDEX), logits
-    logits = project(hidden, weight)
-    at_label = torch.arange(len(labels), device=labels.device), labels.clamp(min=0)
-    # one exponential a logit, and in the logits' memory: what a CPU's time goes to
-    above = logits.amax(dim=-1) - logits[at_label]
+    logits, ignored = project(hidden, weight), labels == IGNORE_INDEX
+    at_label = torch.where(ignored, 0, labels)[:, None]
+    # One exponential a logit, and in the logits' memory: what a CPU's time goes to. The largest probability is one over
+    # the sum of exponentials.
+    above = logits.amax(dim=-1) - logits.gather(1, at_label)[:, 0]
     probabilities = torch.softmax(logits, dim=-1, out=logits)
-    ignored = labels == IGNORE_INDEX
     losses = torch.where(ignored, 0, above - probabilities.amax(dim=-1).log())
     grad = probabilities.to(hidden.dtype)
-    grad[at_label] = torch.expm1(-losses).to(grad.dtype)
+    grad.scatter_(1, at_label, torch.expm1(-losses)[:, None].to(grad.dtype))
     grad[ignored] = 0
     return losses, grad
 

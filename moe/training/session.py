@@ -173,8 +173,10 @@ class Session:
     def _evaluation_due(self) -> bool:
         if self.step == self.validated_step or self.step == 0:
             return False
-        interval = self.config.train.eval_interval
-        return self.step == self.config.train.steps or (interval > 0 and self.step % interval == 0)
+        train = self.config.train
+        if train.eval_at_end and self.step == train.steps:
+            return True
+        return train.eval_interval > 0 and self.step % train.eval_interval == 0
 
     def _evaluate_if_due(self) -> bool:
         """False when a signal came first; the evaluation is then still due when the run resumes."""

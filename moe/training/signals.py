@@ -29,7 +29,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals; a second one of the same kind has its ordinary effect at once."""
+        """Handle the signals; a second one of the same kind ends the process at once."""
         previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
@@ -39,7 +39,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
     def value(self) -> float:
         return float(self.requested)

@@ -241,3 +241,11 @@ def test_cross_entropy_of_extreme_logits() -> None:
     losses = cross_entropy.cross_entropy_(logits, labels, -100)
     torch.testing.assert_close(losses, torch.tensor([0.0, math.log(3), 0.0]))
     torch.testing.assert_close(logits, torch.tensor([[0.0, 0, 0], [1 / 3, -2 / 3, 1 / 3], [0, 0, 0]]))
+
+
+def test_cross_entropy_neither_spreads_what_is_ignored_nor_hides_a_label_that_there_is_not() -> None:
+    logits = torch.tensor([[torch.nan, 1, 2], [0.0, 1, 2], [0.0, 1, 2]])
+    losses = cross_entropy.cross_entropy_(logits, torch.tensor([-100, 3, -1]), -100)
+    assert losses.isnan().tolist() == [False, True, True]
+    assert losses[0] == 0
+    assert not logits[0].any()

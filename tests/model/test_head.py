@@ -108,3 +108,10 @@ def test_bfloat16_hidden_states_are_scored_in_float32() -> None:
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.sum(), losses.sum(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("label", [VOCAB, -1])
+def test_labels_outside_the_vocabulary_are_refused(label: int) -> None:
+    hidden, labels, languages = inputs()
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        head(4)(hidden, torch.full_like(labels, label), languages)

@@ -51,6 +51,11 @@ def test_a_run_that_only_measures_leaves_no_last_checkpoint(tmp_path: Path, cach
     assert_equal_runs(tmp_path, undisturbed)
 
 
+def test_the_last_validation_can_be_left_out(tmp_path: Path, cache: Path, undisturbed: Path) -> None:
+    train(tmp_path, cache, STEPS, SAVE, "train.eval_at_end=false")
+    assert metrics(tmp_path) == [row for row in metrics(undisturbed) if "validation" not in row]
+
+
 def test_repeatable_kernels_change_no_bit_on_a_cpu(tmp_path: Path, cache: Path, undisturbed: Path) -> None:
     """And torch has such a kernel for everything a step does, as far as a CPU can tell."""
     train(tmp_path, cache, STEPS, SAVE, EVALUATE, "runtime.deterministic=true")
