@@ -234,7 +234,15 @@ def _recording(choose: Callable[[Tensor], Tensor], chosen: list[list[Tensor]], l
     return chosen[-1][-1]
 
 
-def check_steps(layout: Layout, steps: int = 20, parts: int = 1, replay: bool = False, **model: Any) -> None:
+def check_traced(layout: Layout) -> None:
+    """A compiled model as autograd's tracing leaves it; that takes seconds where code for it takes half a minute."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        check_first_step(layout, runtime={"compile": True})
+
+
+def check_steps(layout: Layout, steps: int, parts: int = 1, replay: bool = False, **model: Any) -> None:
     """Losses of every step, and after the last one the routers' biases, are those of one process.
 
     With `replay` the layout is told which experts one process chose: a tie that rounding decides otherwise then changes

@@ -21,6 +21,7 @@ from layout_world import (
     check_session,
     check_states,
     check_steps,
+    check_traced,
     check_validation,
     write_corpus,
 )
@@ -60,7 +61,7 @@ def cases() -> dict[str, Scenario]:
 
     for layout in LAYOUTS:
         add(check_first_step, layout, "first step")
-        add(check_steps, layout, "20 steps", parts=accumulated(layout))
+        add(check_steps, layout, "8 steps", steps=8, parts=accumulated(layout))
     for layout in EXPERT_LAYOUTS:
         parts = accumulated(layout)
         add(check_first_step, layout, "5 experts, accumulated", parts=parts, **FEW)
@@ -97,7 +98,7 @@ def cases() -> dict[str, Scenario]:
             runtime={"activation_checkpointing": "selective"},
         )
         add(check_first_step, layout, "in chunks, resharded", parts=2, parallel=chunks | {"reshard": True})
-    add(check_first_step, Layout(tensor=2), "compiled", runtime={"compile": True})
+    add(check_traced, Layout(tensor=2), "compiled, without inductor")
     split = Layout(shard=2, tensor=2)
     add(check_first_step, split, "recomputed", parts=2, runtime={"activation_checkpointing": "full"})
     add(check_first_step, split, "partly recomputed", runtime={"activation_checkpointing": "selective"})
@@ -133,13 +134,12 @@ def play_session(before: Layout, after: Layout, rank: int, folder: Path) -> None
     check_session(folder / f"{before} to {after}", folder, before, after)
 
 
-def replays() -> dict[str, Scenario]:
-    options = {"steps": 50, "replay": True}
+def longer_runs() -> dict[str, Scenario]:
+    lengths: dict[str, dict[str, Any]] = {"20 steps": {"steps": 20}, "50 steps replayed": {"steps": 50, "replay": True}}
     return {
-        f"{layout}, 50 steps replayed": partial(
-            play_case, check_steps, (layout,), options | {"parts": accumulated(layout)}
-        )
+        f"{layout}, {what}": partial(play_case, check_steps, (layout,), options | {"parts": accumulated(layout)})
         for layout in LAYOUTS
+        for what, options in lengths.items()
     }
 
 
@@ -148,7 +148,10 @@ def sessions(changes: list[tuple[Layout, Layout]]) -> dict[str, Scenario]:
 
 
 CASES = cases()
-REPLAYS = replays()
+LONGER_RUNS = longer_runs()
+INDUCTOR = {
+    "tensor 2, compiled": partial(play_case, check_first_step, (Layout(tensor=2),), {"runtime": {"compile": True}})
+}
 VALIDATIONS = {f"{layout}, validation": partial(play_validation, layout) for layout in LAYOUTS}
 GROUPS = {"device groups": partial(play_device_groups, Layout(shard=4, expert=4))}
 STATES = {f"saved as {layout}": partial(play_states, number) for number, layout in enumerate(SAVED)}
@@ -169,7 +172,7 @@ STATES_OF_EIGHT = {
 
 
 SHORT = CASES | VALIDATIONS | GROUPS | STATES | SESSIONS
-LONG = REPLAYS | MORE_SESSIONS
+LONG = LONGER_RUNS | MORE_SESSIONS | INDUCTOR
 
 
 @pytest.fixture(scope="module")
