@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from moe.config import ConfigError, compose
 from moe.parallel import resolve
 
@@ -38,3 +40,11 @@ def check_layout(parser: argparse.ArgumentParser, axes: list[str], processes: in
         resolve(compose([*overrides, *axes]), processes)
     except ConfigError as error:
         parser.error(f"--layouts: {error}")
+
+
+def parse_on_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a benchmark that a CPU cannot run."""
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, "error: no CUDA device here\n")
+    return options

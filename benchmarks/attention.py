@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.arguments import new_file, parse_on_gpu
 from benchmarks.timing import milliseconds
 from moe.kernels.attention import SDPA_ORDER, available_backends, masked_attention, row_attention, span_attention
 
@@ -109,11 +108,8 @@ def error(kernel: Kernel) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here", file=sys.stderr)
-        return 1
+    parser.add_argument("--json", type=new_file, metavar="FILE")
+    options = parse_on_gpu(parser)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'shape':16} {'kernel':26} {'ms':>8} {'TFLOP/s':>8} {'error':>9}", flush=True)
     rows = []

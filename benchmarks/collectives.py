@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.arguments import new_file, parse_on_gpu, positive
 
 MIB = 2**20
 
@@ -29,9 +29,7 @@ def main() -> None:
         "--mib", type=positive, nargs="+", default=[1, 16, 128, 512], help="bytes a rank holds of the whole"
     )
     parser.add_argument("--json", type=new_file, metavar="FILE")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.exit(1, "error: no CUDA device here\n")
+    options = parse_on_gpu(parser)
     if "LOCAL_RANK" not in os.environ:
         parser.error("start it with torchrun, a process for each GPU")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.arguments import new_file
+from benchmarks.arguments import new_file, parse_on_gpu
 from benchmarks.timing import measure
 from moe.config.schema import RuntimeConfig
 from moe.model import IGNORE_INDEX
@@ -131,10 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
     parser.add_argument("--json", type=new_file, metavar="FILE")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here", file=sys.stderr)
-        return 1
+    options = parse_on_gpu(parser)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'shape':6} {'head':28} {'ms':>8} {'TFLOP/s':>8} {'peak GiB':>9} {'hidden':>9} {'weight':>9}  waits")
     rows = []

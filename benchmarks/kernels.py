@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.arguments import new_file, parse_on_gpu, positive
 from benchmarks.timing import waits_for_device
 from moe.kernels.experts import available_backends, routed_experts
 from moe.kernels.reference import moe_reference
@@ -134,10 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=positive, default=4096)
     parser.add_argument("--json", type=new_file, metavar="FILE")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here", file=sys.stderr)
-        return 1
+    args = parse_on_gpu(parser)
     backends = [name for name in available_backends() if name != "loop"]
     print(f"{'case':20} {'backend':11}" + "".join(f"{name:>14}" for name in TENSORS) + "   repeats  waits")
     rows = []

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 
 import torch
 
-from benchmarks.arguments import new_file, positive
+from benchmarks.arguments import new_file, parse_on_gpu, positive
 from benchmarks.peers_moe import COMPILED, PEERS, Shape, build
 from benchmarks.timing import measure
 
@@ -66,10 +65,7 @@ def run(description: str | None, shapes: dict[str, Shape]) -> int:
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
     parser.add_argument("--layers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--json", type=new_file, metavar="FILE")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("error: no CUDA device here", file=sys.stderr)
-        return 1
+    args = parse_on_gpu(parser)
     rows = measure_shapes({name: shapes[name] for name in args.shapes}, args.layers, args.tokens)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
