@@ -39,7 +39,7 @@ def check_layout(parser: argparse.ArgumentParser, axes: list[str], processes: in
     try:
         resolve(compose([*overrides, *axes]), processes)
     except ConfigError as error:
-        parser.error(f"--layouts: {error}")
+        parser.error(f"--layouts, {' '.join(axes)}: {error}")
 
 
 def parse_on_gpu(parser: argparse.ArgumentParser) -> argparse.Namespace:
