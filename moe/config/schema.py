@@ -162,9 +162,6 @@ class ParallelConfig:
     """Ranks that split every dense matrix and the sequence between them (tensor and sequence parallel)."""
     expert: int = 1
     """Ranks that share out the routed experts; divides shard x tensor."""
-    dispatch_chunks: int = 1
-    """Where experts are shared out: parts in which a micro-batch's tokens travel to them, each while the experts work
-    on the one before."""
     reshard: bool = False
     """Free gathered weights after each use and reduce gradients after each micro-batch: less memory, more traffic."""
     timeout: int = 600

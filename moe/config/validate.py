@@ -154,9 +154,6 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         require(degree is None or 1 <= degree <= 2**20, f"parallel.{key}", "between 1 and 2^20", degree)
     open_axes = [f"parallel.{key}" for key in axes if getattr(parallel, key) is None]
     require(len(open_axes) <= 1, " and ".join(open_axes), "degrees, but for one axis", "null")
-    require(
-        1 <= parallel.dispatch_chunks <= 64, "parallel.dispatch_chunks", "between 1 and 64", parallel.dispatch_chunks
-    )
     require(1 <= parallel.timeout <= 86_400, "parallel.timeout", "between 1 and 86400 seconds", parallel.timeout)
 
 

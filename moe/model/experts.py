@@ -31,16 +31,16 @@ class Visitors(NamedTuple):
 class Dispatcher(Protocol):
     """Brings tokens to experts that ranks share out, and back. Dropless: no capacity, no padding.
 
-    They travel in chunks, between `dispatch` and `receive`, and their experts' outputs between `send_back` and
-    `combine`; other work can be done meanwhile.
+    Tokens may be under way from rank to rank between `dispatch` and `receive`, and their experts' outputs between
+    `send_back` and `combine`; other work can be done meanwhile.
     """
 
     def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Any:
-        """Where each token goes, for `dispatch`; those that are not `valid` (N,) stay at home."""
+        """Where each token goes; those that are not `valid` (N,) stay at home."""
         ...
 
-    def dispatch(self, x: Tensor, routing: Routing, plan: Any) -> list[Any]:
-        """(N, H) tokens -> what the other methods need of each chunk."""
+    def dispatch(self, x: Tensor, routing: Routing, plan: Any) -> Any:
+        """(N, H) tokens -> what the other methods need."""
         ...
 
     def receive(self, sent: Any) -> Visitors: ...
@@ -50,7 +50,7 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, returning: Any) -> Tensor:
-        """-> the chunk of (N, H), the gated sums of all experts; zero where not valid."""
+        """-> (N, H), the gated sums of all experts; zero where not valid."""
         ...
 
 
@@ -75,10 +75,6 @@ class GroupedExperts(nn.Module):
             needs_grad = torch.is_grad_enabled() and gate_up_proj.requires_grad
             return nothing.requires_grad_() if needs_grad and not nothing.requires_grad else nothing
         return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, self.backend)
-
-    def serve(self, dispatcher: Dispatcher, sent: list[Any]) -> list[Any]:
-        """What `Dispatcher.dispatch` has sent here, chunk by chunk -> the outputs, on their way back."""
-        return [dispatcher.send_back(self.forward(*dispatcher.receive(chunk)), chunk) for chunk in sent]
 
     def route(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
         """(N, H) tokens, all of whose experts are here -> (N, H), the gated sum; zero where not `valid` (N,)."""
@@ -117,7 +113,7 @@ class MoE(nn.Module):
         One function without data-dependent shapes, so that it compiles as a whole.
         """
         routed = self.experts.route(x.flatten(0, 1), routing, valid)
-        return self.join(residual, self.shared_experts(x) if self.shared_experts else None, routed)
+        return self.join(residual, routed, self.shared_experts(x) if self.shared_experts else None)
 
     def mix_apart(
         self,
@@ -136,15 +132,16 @@ class MoE(nn.Module):
         plan = dispatcher.plan(routing, tokens.valid.flatten(), kept)
         sent = dispatcher.dispatch(x.flatten(0, 1), routing, plan)
         gate_up = self.shared_experts.gate_up(x) if self.shared_experts else None
-        returning = self.experts.serve(dispatcher, sent)
+        outputs = self.experts(*dispatcher.receive(sent))
+        returning = dispatcher.send_back(outputs, sent)
         shared = self.shared_experts.down(*gate_up) if self.shared_experts and gate_up else None
         statistics = self.statistics(routing, tokens)
-        return self.join(residual, shared, *map(dispatcher.combine, returning)), statistics
+        return self.join(residual, dispatcher.combine(returning), shared), statistics
 
-    def join(self, residual: Tensor, shared: Tensor | None, *routed: Tensor) -> Tensor:
-        """The residual stream (B, T, H) with what the shared (B, T, H) and the routed experts add, (N, H) in chunks."""
-        added = (routed[0] if len(routed) == 1 else torch.cat(routed)).view_as(residual)
-        return residual + (added if shared is None else added + shared)
+    def join(self, residual: Tensor, routed: Tensor, shared: Tensor | None) -> Tensor:
+        """The residual stream (B, T, H) with what the routed (N, H) and the shared experts (B, T, H) add."""
+        routed = routed.view_as(residual)
+        return residual + (routed if shared is None else routed + shared)
 
     def statistics(self, routing: Routing, tokens: Tokens) -> RoutingStats:
         return routing_stats(routing, tokens, self.num_languages, self.config, self.pool)

@@ -8,8 +8,7 @@ gate values go with it, and the rows that its choices take among those of their 
 depends on the routing alone, from nothing to everything. Counts are exchanged first, and sizes copied to the host once;
 that is the only time a dispatch waits for the device, so little is left to launch after it: what will be sent is copied
 meanwhile. Rows travel while the shared experts work, forward and backward: `dispatch` and `send_back` start an exchange
-that `receive` and `combine` wait for, and in the backward pass these start their gradients' way, and those wait. In
-chunks, the rows of one travel while the experts work on another's.
+that `receive` and `combine` wait for, and in the backward pass these start their gradients' way, and those wait.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Sizes:
 
 
 class Plan(NamedTuple):
-    """Where the tokens of a chunk go."""
+    """Where the tokens of a dispatch go."""
 
     by_rank: Permutation
     """Of this rank's N K slots, by rank; a token's first choice on a rank stands for the others there."""
@@ -53,22 +52,11 @@ class Plan(NamedTuple):
     """(N, K) int32: the row that each choice takes among all ranks' choices, sorted by expert, then by rank."""
     loads: Tensor
     """(own experts,) int64: choices that fell on each of them."""
-
-
-class Plans(NamedTuple):
-    chunks: list[Plan]
     sizes: SizesUnderWay
 
 
-class Exchanged(NamedTuple):
-    """What ranks have told each other before a dispatch."""
-
-    counts: Tensor
-    """(P, chunks, E + P) int64: of each rank, tokens for each expert and for each rank."""
-    sizes: SizesUnderWay
-
-
-class Travelling(NamedTuple):
+@dataclass(frozen=True)
+class Travelling:
     """Rows on their way to their experts, and all that is needed to bring the outputs back."""
 
     rows: Tensor
@@ -98,11 +86,10 @@ class ExchangeDispatcher:
 
     Args:
         num_experts: of the layer, E; each rank holds a consecutive run of them (`expert_share`).
-        chunks: into which the tokens of a dispatch are cut.
     """
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup, chunks: int = 1) -> None:
-        self.num_experts, self.group, self.chunks = num_experts, group, chunks
+    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+        self.num_experts, self.group = num_experts, group
         self.parts, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.per_rank = len(expert_share(num_experts, self.parts, 0))
         self.own = expert_share(num_experts, self.parts, self.rank)
@@ -113,42 +100,32 @@ class ExchangeDispatcher:
         self._place = torch.compile(self._place)  # type: ignore[method-assign]
         self._arrange = torch.compile(self._arrange, dynamic=True)  # type: ignore[method-assign]
 
-    def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Plans:
+    def plan(self, routing: Routing, valid: Tensor, kept: KeptChoice | None) -> Plan:
         """Sort the choices by expert and the tokens by rank, and send the sizes to the host; a recomputation finds kept
         what had to be exchanged for it."""
-        choices = self._cut(routing.expert_indices)
-        sorts = [self._sort(*chunk) for chunk in zip(choices, self._cut(valid), strict=True)]
-        known = kept.exchanged if kept is not None and isinstance(kept.exchanged, Exchanged) else None
-        counts = known.counts if known else self._gather(torch.stack([own for *_, own in sorts]))
-        plans, needed = [], []
-        for indices, (by_expert, by_rank, _), of_chunk in zip(choices, sorts, counts.unbind(1), strict=True):
-            places, loads, size = self._place(indices, by_expert, of_chunk)
-            plans.append(Plan(by_rank, places, loads))
-            needed.append(size)
-        sizes = known.sizes if known else SizesUnderWay(torch.stack(needed))
+        by_expert, by_rank, own_counts = self._sort(routing.expert_indices, valid)
+        if kept is not None and isinstance(kept.exchanged, tuple):
+            counts, sizes_under_way = kept.exchanged
+            places, loads, _ = self._place(routing.expert_indices, by_expert, counts)
+            return Plan(by_rank, places, loads, sizes_under_way)
+        counts = self._gather(own_counts)
+        places, loads, sizes = self._place(routing.expert_indices, by_expert, counts)
+        plan = Plan(by_rank, places, loads, SizesUnderWay(sizes))
         if kept is not None:
-            kept.exchanged = Exchanged(counts, sizes)
-        return Plans(plans, sizes)
+            kept.exchanged = counts, plan.sizes
+        return plan
 
-    def dispatch(self, x: Tensor, routing: Routing, plans: Plans) -> list[Travelling]:
-        """(N, H) tokens -> rows under way to their experts, chunk by chunk."""
+    def dispatch(self, x: Tensor, routing: Routing, plan: Plan) -> Travelling:
+        """(N, H) tokens -> rows under way to their experts."""
         assert routing.weights.dtype == torch.float32  # beside which the places' bits stay what they are
-        ready = []
-        for tokens, weights, plan in zip(self._cut(x), self._cut(routing.weights), plans.chunks, strict=True):
-            gates = torch.cat([weights, plan.places.view(torch.float32)], dim=1)
-            ready.append((tokens, self._copy(tokens, plan.by_rank), gates, self._copy(gates, plan.by_rank)))
-        return [self._send(*chunk) for chunk in zip(ready, plans.chunks, plans.sizes.wait(), strict=True)]
-
-    def _send(self, ready: tuple[Tensor, ...], plan: Plan, sizes: Sizes) -> Travelling:
-        x, copies, gates, gate_copies = ready
+        gates = torch.cat([routing.weights, plan.places.view(torch.float32)], dim=1)
+        copies, gate_copies = self._copy(x, plan.by_rank), self._copy(gates, plan.by_rank)
+        sizes = plan.sizes.wait()
         by_rank = leading_rows(plan.by_rank, sum(sizes.sent))
         way = _Way(sizes.received, sizes.sent, self.group)
         gates_way = _Way(sizes.received, sizes.sent, self.group)
         rows, gates = way.send(x, copies, by_rank), gates_way.send(gates, gate_copies, by_rank)
         return Travelling(rows, gates, way, gates_way, by_rank, plan.loads, sizes)
-
-    def _cut(self, per_token: Tensor) -> tuple[Tensor, ...]:
-        return per_token.chunk(self.chunks) if self.chunks > 1 else (per_token,)
 
     def receive(self, travelling: Travelling) -> Visitors:
         """-> the tokens that have experts here, and the rows of these."""
@@ -183,10 +160,10 @@ class ExchangeDispatcher:
         return by_expert, by_rank, torch.cat([by_expert.tokens_per_expert, by_rank.tokens_per_expert])
 
     def _gather(self, counts: Tensor) -> Tensor:
-        """(chunks, E + P) -> (P, chunks, E + P)."""
-        gathered = counts.new_empty(self.parts * counts.numel())
-        _all_gather(gathered, counts.flatten(), group=self.group)
-        return gathered.view(self.parts, *counts.shape)
+        """(E + P,) -> (P, E + P)."""
+        gathered = counts.new_empty(self.parts * len(counts))
+        _all_gather(gathered, counts, group=self.group)
+        return gathered.view(self.parts, -1)
 
     def _place(self, expert_indices: Tensor, by_expert: Permutation, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> `Plan.places`, `Plan.loads` and sizes (2 P + 2,): sent, received, rows and before."""
@@ -212,7 +189,7 @@ class ExchangeDispatcher:
 
 
 class SizesUnderWay:
-    """`Sizes` of all chunks in one tensor, on its way from the device to the host."""
+    """`Sizes` in one tensor, on its way from the device to the host."""
 
     def __init__(self, sizes: Tensor) -> None:
         self._event = torch.cuda.Event() if sizes.is_cuda else None
@@ -222,12 +199,12 @@ class SizesUnderWay:
             self._sizes.copy_(sizes, non_blocking=True)
             self._event.record()
 
-    def wait(self) -> list[Sizes]:
+    def wait(self) -> Sizes:
         """What has arrived; work that was launched later is not waited for."""
         if self._event is not None:
             self._event.synchronize()
-        half = self._sizes.shape[1] // 2 - 1
-        return [Sizes(line[:half], line[half:-2], *line[-2:]) for line in self._sizes.tolist()]
+        *tokens, rows, before = self._sizes.tolist()
+        return Sizes(tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :], rows, before)
 
 
 class _Way:

@@ -45,7 +45,7 @@ def parallelize(
         split_tensors(model, world)
     split_statistics(model, world)
     if world.layout.expert > 1:
-        _split_experts(model, world, parallel.dispatch_chunks)
+        _split_experts(model, world)
     for block in model.layers.values():
         assert isinstance(block, Block)
         # a compiled region chooses by itself what is cheap enough to be computed again
@@ -56,11 +56,11 @@ def parallelize(
     _shard(model, world, compute_dtype, runtime, parallel)
 
 
-def _split_experts(model: Transformer, world: World, dispatch_chunks: int) -> None:
+def _split_experts(model: Transformer, world: World) -> None:
     """Leave this rank its share of every layer's experts."""
     mesh = world.sparse["expert"]
     for mixture in model.moe_blocks():
-        mixture.dispatcher = ExchangeDispatcher(mixture.config.n_routed_experts, mesh.get_group(), dispatch_chunks)
+        mixture.dispatcher = ExchangeDispatcher(mixture.config.n_routed_experts, mesh.get_group())
         experts = mixture.experts
         for name, parameter in list(experts.named_parameters()):
             share = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
@@ -132,8 +132,7 @@ def _shard(
                     reshard_after_forward=reshard,
                     shard_placement_fn=_along_hidden_size if world.layout.expert > 1 else None,
                 )
-                for method in ("route", "serve"):
-                    register_fsdp_forward_method(block.mlp.experts, method)
+                register_fsdp_forward_method(block.mlp.experts, "route")
                 if world.layout.expert > 1:
                     _mend_empty_share(block.mlp.experts)
         fully_shard(block, mesh=dense, mp_policy=compute, reshard_after_forward=reshard, shard_placement_fn=across)

@@ -1,7 +1,7 @@
 """How long a step takes: matrix products, what moves between them, the optimizer, and exchanges that nothing hides.
 
 A rank's work over what its GPU attains (`moe.hardware`), no two things at once except FSDP's exchanges, which hide
-behind the passes, and the ways of rows to their experts and back, which hide behind experts.
+behind the passes, and the ways of rows to their experts and back, which hide behind the shared experts.
 """
 
 from __future__ import annotations
@@ -138,15 +138,14 @@ def exposed_seconds(model: ModelConfig, layout: Layout, step: Step, cluster: Clu
     early, late = (gathers / 2, gathers / 2 + reduces) if step.reshard else (gathers, reduces)
     return {
         "weights": max(0.0, early - forward) + max(0.0, late - 2 * forward),
-        "rows": _exposed_rows(rows / step.dispatch_chunks, _shared_seconds(model, layout, step, cluster)),
+        "rows": _exposed_rows(rows, _shared_seconds(model, layout, step, cluster)),
         "sequences": sequences,
         "sums": sum(s for t, s in seconds.items() if t.axis == "all"),
     }
 
 
 def _exposed_rows(rows: float, shared: float) -> float:
-    """Of the rows' ways, in seconds: tokens' hide behind gate and up of the shared experts, outputs' behind down; of
-    chunks all but one hide behind the routed experts."""
+    """Of the rows' ways, in seconds: tokens' hide behind gate and up of the shared experts, outputs' behind down."""
     return max(0.0, rows / 2 - shared * 2 / 3) + max(0.0, rows / 2 - shared / 3)
 
 

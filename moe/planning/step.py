@@ -29,7 +29,6 @@ class Step(NamedTuple):
     """What computes between the matrix products: operations on a CPU (`cpu`), on CUDA (`eager`), or `compiled` ones."""
     fused_experts: bool = False
     """Whether the routed experts are one operator (`moe.kernels.fused`), which keeps no more than gate and up."""
-    dispatch_chunks: int = 1
 
     @property
     def tokens(self) -> int:
@@ -52,7 +51,6 @@ def step_of(config: Config, layout: Layout, gpu: GPU | None = None) -> Step:
         reshard=config.parallel.reshard,
         kernels="cpu" if runtime.device == "cpu" else "compiled" if runtime.compile else "eager",
         fused_experts=_are_experts_fused(config, gpu),
-        dispatch_chunks=config.parallel.dispatch_chunks,
     )
 
 

@@ -127,8 +127,7 @@ def _whole_gradients(groups: list[Group]) -> _Term:
 
 def _rows(model: ModelConfig, layout: Layout, step: Step, rows: Rows) -> Iterator[_Term]:
     """Expert parallelism: tokens to their experts and back, forward and backward, and with them choices and weights."""
-    dispatches = step.micro_batches * len(model.moe_layers)
-    calls = dispatches * step.dispatch_chunks
+    calls = step.micro_batches * len(model.moe_layers)
     passes = 3 if step.recompute == "full" else 2
     size = passes * (rows.sent + rows.received) * model.hidden_size * step.compute_bytes
     yield ("expert", "all_to_all", "rows"), 2 * passes * calls, size
@@ -136,7 +135,7 @@ def _rows(model: ModelConfig, layout: Layout, step: Step, rows: Rows) -> Iterato
     choices = ((passes - 1) * rows.sent + learned * rows.received) * 2 * model.num_experts_per_tok * FLOAT32
     yield ("expert", "all_to_all", "choices"), (passes - 1 + learned) * calls, choices
     counts = layout.expert * (model.n_routed_experts + layout.expert) * INT64
-    yield ("expert", "all_gather", "counts"), dispatches, calls * counts
+    yield ("expert", "all_gather", "counts"), calls, calls * counts
 
 
 def _sums(model: ModelConfig, step: Step) -> Iterator[_Term]:

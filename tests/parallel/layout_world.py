@@ -109,7 +109,7 @@ def share(batch: Batch, world: World) -> Batch:
 def one_step(world: World, model: Transformer, config: Config, batch: Batch, parts: int) -> tuple[Tensor, Tensor]:
     """Forward and backward passes of a step in `parts` micro-batches: cross-entropy and balance terms of all ranks."""
     totals = torch.zeros(2)
-    num_labels, num_tokens = batch.num_labels(), batch.valid.sum()
+    num_labels, num_tokens = batch.num_labels(), batch.num_tokens()
     for index, part in enumerate(split(share(batch, world), parts)):
         mark_last_micro_batch(model, index == parts - 1, config.parallel.reshard)
         cross_entropy, balance = step_terms(model, part, num_labels, num_tokens)
@@ -174,7 +174,7 @@ def check_first_step(
     assert_gradients_close(clipped_step(shared, config, norm, 0.1), expected.clipped, 1e-5)
 
 
-def check_compiled(layout: Layout, chunks: int = 1) -> None:
+def check_compiled(layout: Layout) -> None:
     """Compiled regions around the exchanges change nothing, and other numbers of arrivals compile nothing again."""
     world, batches = world_of(layout), [ragged_batch(), ragged_batch(seed=1)]
     if world is None:
@@ -188,8 +188,7 @@ def check_compiled(layout: Layout, chunks: int = 1) -> None:
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", partial(torch.compile, backend=record))
-        configs = [config_of(runtime={"compile": on}, parallel={"dispatch_chunks": chunks}) for on in (False, True)]
-        models = [build_model(config, world) for config in configs]
+        models = [build_model(config_of(runtime={"compile": on}), world) for on in (False, True)]
         compiled_once = 0
         for batch in batches:
             expected, found = ([*one_step(world, model, config_of(), batch, 1)] for model in models)
@@ -434,14 +433,13 @@ def check_device_groups(folder: Path, cache: Path, layout: Layout) -> None:
     assert "n_device_groups=3 groups of experts, not that of the parallel.expert=" in warning
 
 
-def check_host_copies(layout: Layout, chunks: int = 1) -> None:
+def check_host_copies(layout: Layout) -> None:
     """A step waits for the device once a dispatch, for the sizes of its exchange, and for nothing else."""
     world = world_of(layout)
     if world is None:
         return
-    config, batch, copies = config_of(parallel={"dispatch_chunks": chunks}), ragged_batch(), []
-    model = build_model(config, world)
-    one_step(world, model, config, batch, 1)  # what happens once is behind us
+    model, batch, copies = build_model(config_of(), world), ragged_batch(), []
+    one_step(world, model, config_of(), batch, 1)  # what happens once is behind us
     with pytest.MonkeyPatch.context() as patch:
         for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(Tensor, name, _counted(getattr(Tensor, name), name, copies))
@@ -470,16 +468,15 @@ class ProductsMeanwhile(TorchDispatchMode):
         return result
 
 
-def check_meanwhile(layout: Layout, chunks: int) -> None:
+def check_meanwhile(layout: Layout) -> None:
     """Something is computed during every exchange of rows, there and back, forward and backward."""
     world = world_of(layout)
     if world is None:
         return
-    config = config_of(parallel={"dispatch_chunks": chunks})
-    model = build_model(config, world)
+    model = build_model(config_of(), world)
     with ProductsMeanwhile(model.config.hidden_size) as counter:
-        one_step(world, model, config, ragged_batch(), 1)
-    assert len(counter.meanwhile) == 4 * chunks * len(model.moe_blocks())
+        one_step(world, model, config_of(), ragged_batch(), 1)
+    assert len(counter.meanwhile) == 4 * len(model.moe_blocks())
     assert min(counter.meanwhile) > 0
     assert not counter.under_way
 

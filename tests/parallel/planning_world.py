@@ -40,7 +40,7 @@ class RowCounter:
     def _counting(self, gather: Any, dispatcher: ExchangeDispatcher) -> Any:
         def counting(counts: torch.Tensor) -> Any:
             gathered = gather(counts)
-            tokens = gathered[:, :, dispatcher.num_experts :].sum(dim=1)
+            tokens = gathered[:, dispatcher.num_experts :]
             self.sent += int(tokens[dispatcher.rank].sum())
             self.received += int(tokens[:, dispatcher.rank].sum())
             return gathered

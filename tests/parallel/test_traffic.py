@@ -46,10 +46,6 @@ def cases() -> dict[str, Scenario]:
         add(check_traffic, layout, "resharded", parts=2, parallel=resharded)
         recomputed = {"activation_checkpointing": "full"}
         add(check_traffic, layout, "resharded, recomputed", parallel=resharded, runtime=recomputed)
-        if layout.expert > 1:
-            add(check_traffic, layout, "in chunks", parts=2, parallel={"dispatch_chunks": 3})
-            add(check_traffic, layout, "in chunks, recomputed", parallel={"dispatch_chunks": 2}, runtime=recomputed)
-            add(check_traffic, layout, "in chunks, resharded", parallel={"dispatch_chunks": 2, "reshard": True})
         add(check_traffic, layout, "logits in chunks", runtime={"loss_chunk_size": 7})
         add(check_traffic, layout, "pooled balance", seq_aux=False)
         add(check_traffic, layout, "5 experts, none shared", n_shared_experts=0, **FEW)
