@@ -80,9 +80,14 @@ class Batch:
         as inputs and labels are, could not."""
         return self._map(lambda tensor: tensor.contiguous().pin_memory())
 
-    def num_labels(self) -> Tensor:
-        """Number of labels to predict, a scalar int64 on the batch's device."""
-        return (self.labels != IGNORE_INDEX).sum()
+    def num_labels(self) -> int:
+        """Labels to predict, of a batch on the host."""
+        # not by torch, whose threads take milliseconds to wake up beside others, while GPUs wait for the step to start
+        return int(np.count_nonzero(self.labels.numpy() != IGNORE_INDEX))
+
+    def num_tokens(self) -> int:
+        """Tokens that are not padding, likewise."""
+        return int(np.count_nonzero(self.valid.numpy()))
 
     def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         tensors = (getattr(self, field.name) for field in fields(self))

@@ -49,7 +49,7 @@ class Trainer:
         """Labels and tokens of the whole global batch, on the device, before any backward pass."""
         counts = [
             self.world.once(sum(b.num_labels() for b in micro_batches), 0),
-            self.world.once(sum(b.valid.sum() for b in micro_batches), 0),
+            self.world.once(sum(b.num_tokens() for b in micro_batches), 0),
             self.stop.value(),
         ]
         totals = torch.tensor([float(count) for count in counts], dtype=torch.float64)

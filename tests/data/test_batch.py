@@ -32,7 +32,7 @@ def test_labels_are_the_next_tokens_and_padding_has_none() -> None:
     assert batch.document_starts.nonzero().tolist() == [[0, 0], [0, 3], [1, 2]]
     assert batch.position_ids is None
     assert batch.cu_seqlens is None
-    assert int(batch.num_labels()) == 10
+    assert batch.num_labels() == 10
 
 
 def test_every_token_knows_its_language_and_source() -> None:

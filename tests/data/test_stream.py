@@ -196,7 +196,7 @@ def test_validation_batches_share_the_rows(batch_size: int, dp_size: int, small_
     labels: Counter[int] = Counter()
     for batch in (batch for batches in ranks for batch in batches):
         labels.update(batch.labels[batch.valid].tolist())
-        assert int(batch.num_labels()) == int(batch.valid.sum())
+        assert batch.num_labels() == batch.num_tokens() == int(batch.valid.sum())
     assert labels == Counter(source.tokens(1, source.num_tokens).tolist())
 
 

@@ -126,7 +126,7 @@ def step_loss(model: Transformer, batch: Batch, num_labels: Tensor | int, num_to
 
 def accumulate(model: Transformer, batches: list[Batch]) -> Tensor:
     """One step's forward and backward passes; returns the loss."""
-    num_labels, num_tokens = sum(b.num_labels() for b in batches), sum(b.valid.sum() for b in batches)
+    num_labels, num_tokens = sum(b.num_labels() for b in batches), sum(b.num_tokens() for b in batches)
     total = torch.zeros(())
     for index, batch in enumerate(batches):
         mark_last_micro_batch(model, is_last=index == len(batches) - 1)

@@ -53,7 +53,7 @@ def gradients_on(
     total = torch.zeros(())
     for index, part in enumerate(split(share(batch, world), micro_batches)):
         mark_last_micro_batch(model, is_last=index == micro_batches - 1)
-        loss = step_loss(model, part, batch.num_labels(), batch.valid.sum())
+        loss = step_loss(model, part, batch.num_labels(), batch.num_tokens())
         loss.backward()
         total += loss.detach()
     return world.sum(total), gradients(model)
