@@ -5,10 +5,23 @@ import os
 import pytest
 from hypothesis import settings
 
+# one thread for each process of the tests and those that they start: `make test` runs files beside each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORLDS = {"parallel", "checkpoint"}
+"""Folders whose tests start several processes, which need the cores for themselves."""
+
 # the same examples on every CI run: a change is judged by what it changed; developers' runs keep searching
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where files run beside each other, one of the workers has all worlds, so that two of them never do."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group("worlds" if folder in WORLDS else item.path.stem))
 
 
 @pytest.fixture

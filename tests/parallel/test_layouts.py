@@ -37,6 +37,7 @@ EXPERT_LAYOUTS = [
     Layout(shard=4, expert=2),
     Layout(shard=2, tensor=2, expert=4),
 ]
+VALIDATED = [Layout(replicate=2, shard=2), Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=4)]
 SAVED = [
     Layout(),
     Layout(shard=4),
@@ -68,36 +69,16 @@ def cases() -> dict[str, Scenario]:
         add(check_first_step, layout, "recomputed", parts=parts, runtime={"activation_checkpointing": "full"})
         add(check_first_step, layout, "partly recomputed", runtime={"activation_checkpointing": "selective"})
         add(check_first_step, layout, "resharded", parts=parts, parallel={"reshard": True})
-        add(check_first_step, layout, "in chunks", parts=parts, parallel={"dispatch_chunks": 3})
         for load in ("one rank", "all but one"):
             add(check_loads, layout, f"tokens to {load}", load=load)
         add(check_host_copies, layout, "one copy to the host a dispatch")
-        add(check_host_copies, layout, "one copy to the host a dispatch in chunks", chunks=2)
-        add(check_meanwhile, layout, "products while rows travel", chunks=1)
-        add(check_meanwhile, layout, "products while chunks travel", chunks=3)
+        add(check_meanwhile, layout, "products while rows travel")
     for layout in (Layout(shard=4, expert=2), Layout(shard=2, tensor=2, expert=2)):
         add(check_first_step, layout, "hashed", **HASHED)
         add(check_first_step, layout, "pooled balance", seq_aux=False)
         add(check_first_step, layout, "none shared", n_shared_experts=0, scoring_func="sigmoid", norm_topk_prob=True)
         add(check_first_step, layout, "loop", runtime={"expert_backend": "loop"})
         add(check_compiled, layout, "compiled around exchanges")
-        add(check_compiled, layout, "compiled around exchanges in chunks", chunks=2)
-        chunks = {"dispatch_chunks": 2}
-        add(
-            check_first_step,
-            layout,
-            "in chunks, recomputed",
-            parallel=chunks,
-            runtime={"activation_checkpointing": "full"},
-        )
-        add(
-            check_first_step,
-            layout,
-            "in chunks, partly recomputed",
-            parallel=chunks,
-            runtime={"activation_checkpointing": "selective"},
-        )
-        add(check_first_step, layout, "in chunks, resharded", parts=2, parallel=chunks | {"reshard": True})
     add(check_traced, Layout(tensor=2), "compiled, without inductor")
     split = Layout(shard=2, tensor=2)
     add(check_first_step, split, "recomputed", parts=2, runtime={"activation_checkpointing": "full"})
@@ -114,8 +95,8 @@ def accumulated(layout: Layout) -> int:
     return min(2, SEQUENCES // layout.data)
 
 
-def play_states(number: int, rank: int, folder: Path) -> None:
-    check_states(folder / f"saved-{number}", SAVED[number], SAVED)
+def play_states(saved: Layout, loaded: list[Layout], rank: int, folder: Path) -> None:
+    check_states(folder / f"{saved} for {len(loaded)}", saved, loaded)
 
 
 def play_states_of_eight(saved: Layout, loaded: Layout, rank: int, folder: Path) -> None:
@@ -152,9 +133,16 @@ LONGER_RUNS = longer_runs()
 INDUCTOR = {
     "tensor 2, compiled": partial(play_case, check_first_step, (Layout(tensor=2),), {"runtime": {"compile": True}})
 }
-VALIDATIONS = {f"{layout}, validation": partial(play_validation, layout) for layout in LAYOUTS}
+VALIDATIONS, MORE_VALIDATIONS = (
+    {f"{layout}, validation": partial(play_validation, layout) for layout in LAYOUTS if (layout in VALIDATED) == short}
+    for short in (True, False)
+)
 GROUPS = {"device groups": partial(play_device_groups, Layout(shard=4, expert=4))}
-STATES = {f"saved as {layout}": partial(play_states, number) for number, layout in enumerate(SAVED)}
+STATES = {
+    f"saved as {saved}": partial(play_states, saved, [SAVED[(number + ahead) % len(SAVED)] for ahead in range(3)])
+    for number, saved in enumerate(SAVED)
+}
+MORE_STATES = {f"saved as {saved}, for all": partial(play_states, saved, SAVED) for saved in SAVED}
 SESSIONS = sessions([(Layout(shard=4), Layout(shard=2, tensor=2, expert=4))])
 MORE_SESSIONS = sessions(
     [
@@ -172,7 +160,7 @@ STATES_OF_EIGHT = {
 
 
 SHORT = CASES | VALIDATIONS | GROUPS | STATES | SESSIONS
-LONG = LONGER_RUNS | MORE_SESSIONS | INDUCTOR
+LONG = LONGER_RUNS | MORE_VALIDATIONS | MORE_STATES | MORE_SESSIONS | INDUCTOR
 
 
 @pytest.fixture(scope="module")
