@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -69,6 +70,10 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         value = getattr(options, key)
         require(value is None or value >= 1, f"--{key.replace('_', '-')}", "at least 1", value)
     require(options.gpus_per_node >= 0, "--gpus-per-node", "at least 0", options.gpus_per_node)
+    if options.time is not None:
+        limit = seconds_of(options.time)
+        require(limit is not None, "--time", "minutes, H:M:S, D-H:M:S or another of the queue's formats", options.time)
+        require(limit is None or limit > options.grace, "--grace", f"below --time={options.time}", options.grace)
     config = compose(options.overrides)
     tasks = options.tasks_per_node or options.gpus_per_node or 1
     layout = resolve(config, options.nodes * tasks)
@@ -81,6 +86,20 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "job": None,
     }
     return facts, fill(TEMPLATE.read_text(encoding="utf-8"), config.name, tasks, facts["log"], folder, options)
+
+
+def seconds_of(limit: str) -> float | None:
+    """Of minutes[:seconds], H:M:S, D-H[:M[:S]] or UNLIMITED, as 0 is; None: SLURM would not understand it."""
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    numbers = [days, *parts] if dash else parts
+    if len(parts) > 3 or not all(number.isascii() and number.isdecimal() for number in numbers):
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds = sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    return seconds + 86_400 * int(days or 0) or math.inf
 
 
 def describe(config: Config, layout: Layout, nodes: int, tasks_per_node: int) -> dict[str, Any]:

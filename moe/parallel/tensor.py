@@ -96,7 +96,8 @@ def _split_head(head: LMHead, mesh: DeviceMesh) -> None:
 
 
 def _score_part(hidden: Tensor, weight: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """`moe.model.head.Score` of this rank's part of the vocabulary, (V / P, H); losses are equal on the P ranks."""
+    """`moe.model.head.Score` of this rank's part of the vocabulary, (V / P, H); losses are equal on the P ranks, NaN
+    where a label is in no part."""
     logits = project(hidden, weight)
     peak = logits.amax(dim=-1)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -108,7 +109,8 @@ def _score_part(hidden: Tensor, weight: Tensor, labels: Tensor, group: dist.Proc
     sums = torch.stack([exponentials.sum(dim=-1), target])
     dist.all_reduce(sums, group=group)
     ignored = labels == IGNORE_INDEX
-    losses = torch.where(ignored, 0, sums[0].log() - sums[1])
+    exists = (labels >= 0) & (labels < dist.get_world_size(group) * len(weight))
+    losses = torch.where(ignored, 0, torch.where(exists, sums[0].log() - sums[1], torch.nan))
     grad = exponentials.div_(torch.where(ignored, torch.inf, sums[0])[:, None]).to(hidden.dtype)
     at_label = torch.where(is_own, torch.expm1(-losses).to(grad.dtype), grad.gather(1, place)[:, 0])
     return losses, grad.scatter_(1, place, at_label[:, None])

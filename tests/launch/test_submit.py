@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -45,6 +46,8 @@ BAD = [
     ),
     (["--nodes", "0"], "--nodes must be at least 1, not 0"),
     (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 0, not -1"),
+    (["--time", "1 day"], "--time must be minutes, H:M:S, D-H:M:S or another of the queue's formats, not 1 day"),
+    (["--time", "0:02:00"], "--grace must be below --time=0:02:00, not 180"),
 ]
 
 
@@ -59,6 +62,15 @@ def test_what_cannot_run_is_not_queued(
     assert output.err.count("\n") == 1
     assert output.out == ""
     assert slurm.read("sbatch.arguments") == ""
+
+
+LIMITS = {"90": 5400, "90:30": 5430, "1:00:00": 3600, "2-3": 183_600, "2-3:4": 183_840, "1-0:0:1": 86_401}
+NO_LIMITS = {"UNLIMITED": math.inf, "0": math.inf, "": None, "1:2:3:4": None, "-3": None, "1d": None, "1.5": None}
+
+
+@pytest.mark.parametrize(("limit", "seconds"), (LIMITS | NO_LIMITS).items())
+def test_limits_are_read_as_slurm_reads_them(submit: ModuleType, limit: str, seconds: float | None) -> None:
+    assert submit.seconds_of(limit) == seconds
 
 
 def test_a_dry_run_prints_a_script_with_every_option_and_writes_nothing(
