@@ -1,5 +1,5 @@
 # make train   install, train moe_tiny on the bundled corpus, print where the report is
-# make test    install, run all tests            make prove   the long fault-injection suites as well
+# make test    install, run the tests             make prove   the long suites as well, one test after another
 # make lint    style and types                   make clean   remove the environment and caches, never outputs/
 
 PYTHON ?= python3

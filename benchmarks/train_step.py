@@ -282,7 +282,7 @@ def main() -> int:
     try:
         all_of_them = contestants(options)
         for contestant in all_of_them:
-            compose(contestant.overrides)
+            resolve(compose(contestant.overrides), int(os.environ.get("WORLD_SIZE", "1")))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES[ConfigError]

@@ -6,7 +6,8 @@ Takes the overrides of train.py, and how many nodes:
     python launch/submit.py +experiment=moe_16b parallel.expert=8 --nodes 4 --dry-run      only prints the script
     python launch/submit.py train.steps=100 --gpus-per-node 0 --tasks-per-node 2           two processes on a CPU
 
-A bad key, a layout that does not fit the processes, a batch that does not divide: each ends here in one line (exit code
+A bad key, a layout that does not fit the processes, a batch that does not divide, a time limit too short to save in:
+each ends here in one line (exit code
 78) instead of after a night in the queue. What is queued is launch/train.sbatch with its blanks filled in, and a copy
 of the code beside it, so that a job that comes back later runs what was submitted.
 """
@@ -73,7 +74,8 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.time is not None:
         limit = seconds_of(options.time)
         require(limit is not None, "--time", "minutes, H:M:S, D-H:M:S or another of the queue's formats", options.time)
-        require(limit is None or limit > options.grace, "--grace", f"below --time={options.time}", options.grace)
+        below = f"below the {limit:,.0f} seconds of --time={options.time}"
+        require(limit > options.grace, "--grace", below, options.grace)
     config = compose(options.overrides)
     tasks = options.tasks_per_node or options.gpus_per_node or 1
     layout = resolve(config, options.nodes * tasks)
@@ -90,7 +92,7 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def seconds_of(limit: str) -> float | None:
     """Of minutes[:seconds], H:M:S, D-H[:M[:S]] or UNLIMITED, as 0 is; None: SLURM would not understand it."""
-    if limit.upper() in ("UNLIMITED", "INFINITE"):
+    if limit.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return math.inf
     days, dash, rest = limit.rpartition("-")
     parts = rest.split(":")

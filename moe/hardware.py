@@ -47,17 +47,19 @@ class Attained(NamedTuple):
     """Of the peak: dense matrix products (8192^3 alone: 0.77)."""
     grouped: float = 0.57
     """Of the peak: the experts' matrix products."""
-    fullest_rank: float = 1.2
+    fullest_rank: float = 1.15
     """Time of the experts' products over that of an even load, where ranks share out experts: all wait for the fullest,
-    and for the host to hear how much comes. Fitted to `moe_2b` on two H200s, expert 2, after 120 steps."""
+    and for the host to hear how much comes. Fitted to `moe_2b` on two H200s and two H100s, expert 2."""
     attention: float = 0.43
     """Of the peak: causal attention forward and backward, FLOPs of the causal half counted."""
     memory: float = 0.50
     """Of the memory's bandwidth: operations between the matrix products."""
     stream: float = 0.71
     """Of the memory's bandwidth: the optimizer."""
+    links: float = 0.55
+    """Of the links inside a node: collectives. Two H100s and two H200s attained 0.50 to 0.64."""
     network: float = 0.80
-    """Of links and network: collectives. Assumed."""
+    """Of the network between nodes: collectives. Assumed."""
     call_seconds: float = 20e-6
     """Until a collective starts. Assumed."""
     split_call_seconds: float = 450e-6

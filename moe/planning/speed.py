@@ -170,10 +170,11 @@ def exchange_seconds(term: Traffic, layout: Layout, cluster: Cluster) -> float:
     else:
         linked = term.wire_bytes
         sent = term.wire_bytes * ranks / (ranks - 1) * (nodes - 1) / nodes / inside
-    slower = max(linked / gpu.link_bandwidth if inside > 1 else 0.0, sent / gpu.network_bandwidth)
     attained = cluster.attained
+    inside_seconds = linked / (gpu.link_bandwidth * attained.links) if inside > 1 else 0.0
+    slower = max(inside_seconds, sent / (gpu.network_bandwidth * attained.network))
     call_seconds = attained.split_call_seconds if term.axis == "tensor" else attained.call_seconds
-    return slower / (GIGA * attained.network) + term.calls * call_seconds
+    return slower / GIGA + term.calls * call_seconds
 
 
 def _stride(axis: str, layout: Layout) -> int:

@@ -32,7 +32,7 @@ def test_labels_are_the_next_tokens_and_padding_has_none() -> None:
     assert batch.document_starts.nonzero().tolist() == [[0, 0], [0, 3], [1, 2]]
     assert batch.position_ids is None
     assert batch.cu_seqlens is None
-    assert batch.num_labels() == 10
+    assert (batch.num_labels(), batch.num_tokens()) == (10, 10)
 
 
 def test_every_token_knows_its_language_and_source() -> None:
@@ -46,6 +46,7 @@ def test_masked_documents_restart_positions_and_lose_the_label_that_crosses() ->
     (batch,) = assemble(sequences([[3], [0, 6]], [L, L]), 2, mask_documents=True, padding_id=0)
     assert batch.labels[0].tolist() == [101, 102, IGNORE_INDEX, 104, 105, 106]
     assert batch.labels[1].tolist() == [108, 109, 110, 111, 112, IGNORE_INDEX]
+    assert (batch.num_labels(), batch.num_tokens()) == (10, 12)
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
     assert batch.cu_seqlens is not None

@@ -47,7 +47,8 @@ BAD = [
     (["--nodes", "0"], "--nodes must be at least 1, not 0"),
     (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 0, not -1"),
     (["--time", "1 day"], "--time must be minutes, H:M:S, D-H:M:S or another of the queue's formats, not 1 day"),
-    (["--time", "0:02:00"], "--grace must be below --time=0:02:00, not 180"),
+    (["--time", "0:02:00"], "--grace must be below the 120 seconds of --time=0:02:00, not 180"),
+    (["--time", "3"], "--grace must be below the 180 seconds of --time=3, not 180"),
 ]
 
 
@@ -65,7 +66,16 @@ def test_what_cannot_run_is_not_queued(
 
 
 LIMITS = {"90": 5400, "90:30": 5430, "1:00:00": 3600, "2-3": 183_600, "2-3:4": 183_840, "1-0:0:1": 86_401}
-NO_LIMITS = {"UNLIMITED": math.inf, "0": math.inf, "": None, "1:2:3:4": None, "-3": None, "1d": None, "1.5": None}
+NO_LIMITS = {
+    "UNLIMITED": math.inf,
+    "-1": math.inf,
+    "0": math.inf,
+    "": None,
+    "1:2:3:4": None,
+    "-3": None,
+    "1d": None,
+    "1.5": None,
+}
 
 
 @pytest.mark.parametrize(("limit", "seconds"), (LIMITS | NO_LIMITS).items())

@@ -308,8 +308,8 @@ def check_loads(layout: Layout, load: str) -> None:
 
 
 def check_states(folder: Path, saved: Layout, loaded: list[Layout], experts: int = 5) -> None:
-    """What a layout saves is found again, to the bit, by every other: weights, moments, biases; experts tell their
-    numbers."""
+    """What a layout saves is found again, to the bit, by those in `loaded`: weights, moments, biases; experts tell
+    their numbers."""
     if world_of(saved) is not None:
         trainer, manager = stateful(saved, folder, experts)
         mark(trainer)

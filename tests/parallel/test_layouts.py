@@ -139,7 +139,7 @@ VALIDATIONS, MORE_VALIDATIONS = (
 )
 GROUPS = {"device groups": partial(play_device_groups, Layout(shard=4, expert=4))}
 STATES = {
-    f"saved as {saved}": partial(play_states, saved, [SAVED[(number + ahead) % len(SAVED)] for ahead in range(3)])
+    f"saved as {saved}": partial(play_states, saved, [SAVED[(number + ahead) % len(SAVED)] for ahead in (1, 2, 4)])
     for number, saved in enumerate(SAVED)
 }
 MORE_STATES = {f"saved as {saved}, for all": partial(play_states, saved, SAVED) for saved in SAVED}

@@ -13,7 +13,7 @@ VOCAB = 7
 
 
 @pytest.mark.parametrize("label", [VOCAB, -1])
-def test_a_label_in_no_part_has_no_loss(world: World, label: int) -> None:
+def test_the_loss_of_a_label_in_no_part_is_nan(world: World, label: int) -> None:
     labels = torch.tensor([label, 3, IGNORE_INDEX])
     losses, _ = _score_part(torch.randn(3, 4), torch.randn(VOCAB, 4), labels, world.group)
     assert losses.isnan().tolist() == [True, False, False]
