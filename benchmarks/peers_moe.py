@@ -159,7 +159,7 @@ PEERS: dict[str, Callable[[Shape], nn.Module]] = {
     "plain": Plain,
 }
 """MegaBlocks' dropless layer behind our router; its blocks need no particular width on this path."""
-COMPILED = ("ours grouped_mm", "torchtitan", "transformers", "plain")
+COMPILED = ("ours quack", "ours triton", "ours grouped_mm", "SonicMoE", "torchtitan", "transformers", "plain")
 """Those that are measured under torch.compile as well."""
 
 
