@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePath
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 # one thread for each process of the tests and those that they start: `make test` runs files beside each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,12 +20,16 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where files run beside each other, one of the workers has all worlds, so that two of them never do."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("worlds" if folder in WORLDS else item.path.stem))
+class FilesAndWorlds(LoadScopeScheduling):
+    """Whichever worker is free takes the next file, but one of them has all worlds, so that two never run at once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePath(nodeid.partition("::")[0])
+        return "worlds" if file.parent.name in WORLDS else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndWorlds:
+    return FilesAndWorlds(config, log)
 
 
 @pytest.fixture
