@@ -279,17 +279,13 @@ def main() -> int:
     options = parser.parse_args()
     if int(os.environ.get("RANK", "0")):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     try:
         all_of_them = contestants(options)
         for contestant in all_of_them:
             resolve(compose(contestant.overrides), int(os.environ.get("WORLD_SIZE", "1")))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODES[ConfigError]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{device}, torch {torch.__version__}\n{' '.join(options.overrides)}")
-    print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)
-    try:
+        print(f"{device}, torch {torch.__version__}\n{' '.join(options.overrides)}")
+        print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)
         measure = measured_apart if sets_its_process(options) else measured
         for number in range(options.rounds):
             arguments = options.steps, options.warmup, options.profile and number == 0

@@ -7,9 +7,9 @@ Takes the overrides of train.py, and how many nodes:
     python launch/submit.py train.steps=100 --gpus-per-node 0 --tasks-per-node 2           two processes on a CPU
 
 A bad key, a layout that does not fit the processes, a batch that does not divide, a time limit too short to save in:
-each ends here in one line (exit code
-78) instead of after a night in the queue. What is queued is launch/train.sbatch with its blanks filled in, and a copy
-of the code beside it, so that a job that comes back later runs what was submitted.
+each ends here in one line (exit code 78) instead of after a night in the queue. What is queued is launch/train.sbatch
+with its blanks filled in, and a copy of the code beside it, so that a job that comes back later runs what was
+submitted.
 """
 
 from __future__ import annotations

@@ -104,16 +104,13 @@ class ExchangeDispatcher:
         """Sort the choices by expert and the tokens by rank, and send the sizes to the host; a recomputation finds kept
         what had to be exchanged for it."""
         by_expert, by_rank, own_counts = self._sort(routing.expert_indices, valid)
-        if kept is not None and isinstance(kept.exchanged, tuple):
-            counts, sizes_under_way = kept.exchanged
-            places, loads, _ = self._place(routing.expert_indices, by_expert, counts)
-            return Plan(by_rank, places, loads, sizes_under_way)
-        counts = self._gather(own_counts)
-        places, loads, sizes = self._place(routing.expert_indices, by_expert, counts)
-        plan = Plan(by_rank, places, loads, SizesUnderWay(sizes))
+        known = kept.exchanged if kept is not None and isinstance(kept.exchanged, tuple) else None
+        counts = known[0] if known else self._gather(own_counts)
+        places, loads, needed = self._place(routing.expert_indices, by_expert, counts)
+        sizes = known[1] if known else SizesUnderWay(needed)
         if kept is not None:
-            kept.exchanged = counts, plan.sizes
-        return plan
+            kept.exchanged = counts, sizes
+        return Plan(by_rank, places, loads, sizes)
 
     def dispatch(self, x: Tensor, routing: Routing, plan: Plan) -> Travelling:
         """(N, H) tokens -> rows under way to their experts."""
