@@ -1,9 +1,10 @@
 """Time one mixture layer, router included, against other frameworks': python -m benchmarks.moe_layer [--json FILE].
 
-Forward and backward passes at 32,768 tokens in bfloat16, real routing by an untrained router, in one process; the
-median of 20 passes after 5, beside FLOP/s (18 T K H I) and the peak of memory above parameters, inputs and gradients.
-Packages that are not there are left out and named. `launch/install_gpu.sh` and docs/performance.md say how to install
-them.
+Forward and backward passes at 32,768 tokens in bfloat16, real routing by an untrained router, in one process; medians
+of 20 passes after 5 and their FLOP/s (18 T K H I): alone, for each of which the device stands idle until the host has
+launched it, and behind one another, as in a training step. Beside them the peak of memory above parameters, inputs and
+gradients. Packages that are not there are left out and named. `launch/install_gpu.sh` and docs/performance.md say how
+to install them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.peers_moe import COMPILED, PEERS, Shape, build
 from benchmarks.timing import measure
 
 SHAPES = {"16B": Shape(2048, 1408, 64, 6), "2B": Shape(1280, 848, 63, 7), "2B, E 64": Shape(1280, 848, 64, 7)}
-HEADER = f"{'shape':10} {'layer':24} {'ms':>8} {'TFLOP/s':>8} {'peak GiB':>9}  waits"
+HEADER = f"{'shape':10} {'layer':24} {'ms':>8} {'TFLOP/s':>8} {'queued':>8} {'TFLOP/s':>8} {'peak GiB':>9}  waits"
 
 
 def time_layer(name: str, shape: Shape, tokens: int, compiled: bool) -> dict[str, object]:
@@ -34,7 +35,11 @@ def time_layer(name: str, shape: Shape, tokens: int, compiled: bool) -> dict[str
         measured = measure(torch.compile(module) if compiled else module, parameters, x, torch.randn_like(x))
     except Exception as error:  # a peer may fail in any way; the others are measured all the same
         return row | {"problem": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
-    return row | measured._asdict() | {"tflops": shape.flops(tokens) / measured.milliseconds / 1e9}
+    tflops = {
+        "tflops": shape.flops(tokens) / measured.milliseconds / 1e9,
+        "queued_tflops": shape.flops(tokens) / measured.queued_milliseconds / 1e9,
+    }
+    return row | measured._asdict() | tflops
 
 
 def measure_shapes(shapes: dict[str, Shape], layers: Iterable[str], tokens: int) -> list[dict[str, object]]:
@@ -55,7 +60,10 @@ def _line(row: dict[str, object]) -> str:
     start = f"{row['shape']:10} {row['layer']:24}"
     if "problem" in row:
         return f"{start} {row['problem']}"
-    return f"{start} {row['milliseconds']:8.2f} {row['tflops']:8.0f} {row['peak_gib']:9.2f}  {row['waits']}"
+    speed = (
+        f"{row['milliseconds']:8.2f} {row['tflops']:8.0f} {row['queued_milliseconds']:8.2f} {row['queued_tflops']:8.0f}"
+    )
+    return f"{start} {speed} {row['peak_gib']:9.2f}  {row['waits']}"
 
 
 def run(description: str | None, shapes: dict[str, Shape]) -> int:

@@ -142,7 +142,9 @@ def permuted_experts(
     if backend != "loop":
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
     if backend in FUSED:
-        return _fused(x, weights, permutation, gate_up_proj, down_proj, permutation.tokens_per_expert, backend)
+        weight_of_row = weights.detach().flatten()[permutation.slot_of_row].float()
+        places = permutation.token_of_row, weight_of_row, permutation.row_of_slot
+        return _fused(x, weights, places, permutation.bounds, gate_up_proj, down_proj, backend)
     rows = gather_rows(x, permutation)
     rows = expert_mlp(rows, gate_up_proj, down_proj, permutation.tokens_per_expert, backend, zero_tail=False)
     return combine_rows(rows, weights, permutation)
@@ -160,7 +162,8 @@ def _loop_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_exp
 
 def _grouped_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor, backend: str) -> Tensor:
     if backend in FUSED:
-        return _fused(x, None, None, gate_up_proj, down_proj, tokens_per_expert, backend)
+        bounds = F.pad(tokens_per_expert.cumsum(0, dtype=torch.int32), (1, 0))
+        return _fused(x, None, (None, None, None), bounds, gate_up_proj, down_proj, backend)
     grouped = _grouped_mm_mlp if backend == "grouped_mm" else megablocks.grouped_glu
     return grouped(x, gate_up_proj, down_proj, tokens_per_expert)
 
@@ -168,20 +171,15 @@ def _grouped_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_
 def _fused(
     x: Tensor,
     weights: Tensor | None,
-    permutation: Permutation | None,
+    places: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bounds: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    tokens_per_expert: Tensor,
     backend: str,
 ) -> Tensor:
     from moe.kernels.fused import experts  # needs Triton, which other backends do without
 
-    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
-    places: tuple[Tensor | None, ...] = (None, None, None)
-    if weights is not None and permutation is not None:
-        weight_of_row = weights.detach().flatten()[permutation.slot_of_row].float()
-        places = permutation.token_of_row, weight_of_row, permutation.row_of_slot
-    return experts(x.contiguous(), weights, *places, ends, gate_up_proj, down_proj, backend)[0]
+    return experts(x.contiguous(), weights, *places, bounds, gate_up_proj, down_proj, backend)[0]
 
 
 def _grouped_mm_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -26,20 +26,20 @@ def experts(
     token_of_row: Tensor | None,
     weight_of_row: Tensor | None,
     row_of_slot: Tensor | None,
-    ends: Tensor,
+    bounds: Tensor,
     w1: Tensor,
     w2: Tensor,
     products: str,
 ) -> tuple[Tensor, Tensor]:
-    """The SwiGLU experts w1 (E, 2, I, H), w2 (E, H, I), expert e on rows ends[e - 1] to ends[e].
+    """The SwiGLU experts w1 (E, 2, I, H), w2 (E, H, I), expert e on rows bounds[e] to bounds[e + 1].
 
     With a permutation (see `moe.kernels.permute`), x (T, H) are tokens and so is the result, each the sum of its rows
     times `weights` (T, K); weight_of_row (N,) float32 holds these by row, for the backward pass, and gets no gradient.
-    Without, x (N, H) are the rows, and so is the result, undefined after ends[-1]. Also returns the gate and up
+    Without, x (N, H) are the rows, and so is the result, undefined after bounds[-1]. Also returns the gate and up
     projections (N, 2 I), for the backward pass. `products`: "triton" or "quack".
     """
     compute = _products(products)
-    rows = Rows(ends, len(x if token_of_row is None else token_of_row), token_of_row, weight_of_row)
+    rows = Rows(bounds, len(x if token_of_row is None else token_of_row), token_of_row, weight_of_row)
     if not rows.total:
         return torch.zeros_like(x), x.new_empty(0, 2 * w1.shape[2])
     h, a = compute.up(x, rows, w1)
@@ -57,7 +57,7 @@ def experts_backward(
     token_of_row: Tensor | None,
     weight_of_row: Tensor | None,
     row_of_slot: Tensor | None,
-    ends: Tensor,
+    bounds: Tensor,
     w1: Tensor,
     w2: Tensor,
     products: str,
@@ -68,7 +68,7 @@ def experts_backward(
     would have compilers copy it.
     """
     compute = _products(products)
-    rows = Rows(ends, len(h), token_of_row, weight_of_row)
+    rows = Rows(bounds, len(h), token_of_row, weight_of_row)
     if not rows.total:
         dx, dweight, dw1, dw2 = (
             torch.zeros_like(t) for t in (x, h[:, 0].float() if weights is None else weights, w1, w2)

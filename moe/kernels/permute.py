@@ -19,16 +19,21 @@ class Permutation(NamedTuple):
     """Where each of the T * K slots (token t, choice k) lies once rows are sorted by expert.
 
     slot_of_row (T*K,) and row_of_slot (T, K) are inverse to each other, int64; token_of_row (T*K,) int32 is
-    slot_of_row // K. tokens_per_expert (E,) int64 counts rows, padding excluded; rows from sum(tokens_per_expert) on
-    belong to padding. valid (T,) is False at padding tokens, None when there are none. Of `leading_rows` there are only
-    so many rows, and row_of_slot of the other slots lies past them.
+    slot_of_row // K. bounds (E + 1,) int32: expert e has rows bounds[e] to bounds[e + 1]; padding has those from
+    bounds[E] on. valid (T,) is False at padding tokens, None when there are none. Of `leading_rows` there are only so
+    many rows, and row_of_slot of the other slots lies past them.
     """
 
     slot_of_row: Tensor
     token_of_row: Tensor
     row_of_slot: Tensor
-    tokens_per_expert: Tensor
+    bounds: Tensor
     valid: Tensor | None
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64, padding excluded."""
+        return self.bounds.diff().long()
 
 
 def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | None = None) -> Permutation:
@@ -37,6 +42,11 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | Non
     Entries lie in [0, num_experts]; those that are num_experts come last as padding does, and those of padding tokens
     (`valid` (T,) False) may hold anything.
     """
+    if expert_indices.is_cuda and has_triton():
+        from moe.kernels.counting_sort import counting_sort  # needs Triton
+
+        slots, tokens, rows, bounds = counting_sort(expert_indices, valid, num_experts)
+        return Permutation(slots, tokens, rows, bounds, valid)
     top_k = expert_indices.shape[1]
     experts = expert_indices if valid is None else torch.where(valid[:, None], expert_indices, num_experts)
     # Radix sort reads every byte of the key, so narrow keys are faster.
@@ -45,9 +55,9 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | Non
     row_of_slot.scatter_(0, slot_of_row, torch.arange(slot_of_row.numel(), device=slot_of_row.device))
     # Boundaries by binary search: bincount would synchronise with the host, and histograms use atomics.
     expert_ids = torch.arange(num_experts + 1, dtype=torch.int32, device=experts.device)
-    tokens_per_expert = torch.searchsorted(sorted_experts, expert_ids).diff()
+    bounds = torch.searchsorted(sorted_experts, expert_ids, out_int32=True)
     token_of_row = (slot_of_row // top_k).to(torch.int32)
-    return Permutation(slot_of_row, token_of_row, row_of_slot.view(-1, top_k), tokens_per_expert, valid)
+    return Permutation(slot_of_row, token_of_row, row_of_slot.view(-1, top_k), bounds, valid)
 
 
 def gather_rows(x: Tensor, permutation: Permutation) -> Tensor:

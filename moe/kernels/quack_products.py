@@ -14,9 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe.kernels.counting_sort import heaviest_first
 from moe.kernels.rows import Rows
 
 LONG = 2048
@@ -29,7 +29,7 @@ def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
     h, a = x.new_empty(rows.total, 2 * width), x.new_empty(rows.total, width)
     tile = _tile(128, 224) if x.shape[1] >= LONG else _tile(128, 192, pingpong=True)
     _quack().gated(
-        x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=_bounds(rows), A_idx=rows.token, config=tile, concat_layout=("B",)
+        x, w1.flatten(1, 2).mT, h, a, cu_seqlens_m=rows.bounds, A_idx=rows.token, config=tile, concat_layout=("B",)
     )
     return h, a
 
@@ -37,49 +37,36 @@ def up(x: Tensor, rows: Rows, w1: Tensor) -> tuple[Tensor, Tensor]:
 def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     """a (N, I) by w2 (E, H, I) -> (N, H)."""
     y, tile = a.new_empty(rows.total, w2.shape[1]), _tile(128, 160, pingpong=True)
-    _quack().plain(a, w2.mT, y, cu_seqlens_m=_bounds(rows), config=tile, dynamic_scheduler=True)
+    _quack().plain(a, w2.mT, y, cu_seqlens_m=rows.bounds, config=tile, dynamic_scheduler=True)
     return y
 
 
 def backward(dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
     """dy (T, H), the gradient of the weighted sums -> those of the rows of x (N, H), of their weights (N,) where they
     have any, of w1 and of w2. Overwrites h."""
-    bounds, weighted = _bounds(rows), rows.weight is not None
-    order = _heaviest_first(bounds)
+    weighted, order = rows.weight is not None, heaviest_first(rows.bounds)
     a, dw1, dw2 = h.new_empty(rows.total, w2.shape[2]), torch.empty_like(w1), torch.empty_like(w2)
     dweight = _quack().gated_backward(  # h is its own gradient from here on
-        dy, w2, h, h, a, colvec_scale=rows.weight, colvec_reduce=weighted, cu_seqlens_m=bounds, A_idx=rows.token,
+        dy, w2, h, h, a, colvec_scale=rows.weight, colvec_reduce=weighted, cu_seqlens_m=rows.bounds, A_idx=rows.token,
         dynamic_scheduler=False, config=_tile(128, 128, pingpong=True),
     )  # fmt: skip
-    _weight_gradient(dy, a, rows, bounds, order, dw2)
+    _weight_gradient(dy, a, rows, order, dw2)
     del a
-    _weight_gradient(x, h, rows, bounds, order, dw1.flatten(1, 2).mT, concat_layout=("out",))
+    _weight_gradient(x, h, rows, order, dw1.flatten(1, 2).mT, concat_layout=("out",))
     dx, tile = x.new_empty(rows.total, x.shape[1]), _tile(192, 128, pingpong=True, shared="rows")
-    _quack().plain(h, w1.flatten(1, 2), dx, cu_seqlens_m=bounds, config=tile, concat_layout=("B",))
+    _quack().plain(h, w1.flatten(1, 2), dx, cu_seqlens_m=rows.bounds, config=tile, concat_layout=("B",))
     return dx, dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw1, dw2
 
 
-def _weight_gradient(
-    tokens: Tensor, grad: Tensor, rows: Rows, bounds: Tensor, order: Tensor, out: Tensor, **layout: Any
-) -> None:
+def _weight_gradient(tokens: Tensor, grad: Tensor, rows: Rows, order: Tensor, out: Tensor, **layout: Any) -> None:
     """out (E, H, columns) = each expert's rows of `tokens` (T, H), transposed, by those of `grad` (N, columns).
 
     An expert's tiles take as long as it has rows: whichever multiprocessor is free takes the next, heaviest first.
     """
     _quack().plain(
-        tokens.T, grad, out, cu_seqlens_k=bounds, A_idx=rows.token, config=_tile(256, 192, shared=None, band=2),
+        tokens.T, grad, out, cu_seqlens_k=rows.bounds, A_idx=rows.token, config=_tile(256, 192, shared=None, band=2),
         batch_idx_permute=order, dynamic_scheduler=True, **layout,
     )  # fmt: skip
-
-
-def _bounds(rows: Rows) -> Tensor:
-    """(E + 1,) int32."""
-    return F.pad(rows.ends, (1, 0))
-
-
-def _heaviest_first(bounds: Tensor) -> Tensor:
-    """(E,) int32: experts by their load."""
-    return bounds.diff().argsort(descending=True).to(torch.int32)
 
 
 @functools.cache

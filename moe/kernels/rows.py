@@ -18,8 +18,8 @@ from torch import Tensor
 class Rows(NamedTuple):
     """The rows of the experts, sorted by expert; those after the last expert's belong to padding."""
 
-    ends: Tensor
-    """(E,) int32: where each expert's rows end."""
+    bounds: Tensor
+    """(E + 1,) int32: expert e has rows bounds[e] to bounds[e + 1]."""
     total: int
     """N, padding included."""
     token: Tensor | None
@@ -28,9 +28,14 @@ class Rows(NamedTuple):
     """(N,) float32: what the row counts for in its token's sum."""
 
     @property
+    def ends(self) -> Tensor:
+        """(E,) int32: where each expert's rows end."""
+        return self.bounds[1:]
+
+    @property
     def used(self) -> Tensor:
         """(1,) int32: how many belong to experts."""
-        return self.ends[-1:]
+        return self.bounds[-1:]
 
 
 @torch.library.custom_op("moesaic::sum_rows", mutates_args=())

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from moe.config.model import ModelConfig
 from moe.kernels import has_triton
-from moe.kernels.router_product import router_product
 
 
 class Routing(NamedTuple):
@@ -83,7 +82,7 @@ class TopKRouter(nn.Module):
 
         In log space, renormalising needs no epsilon that a router could exploit by driving every sigmoid to zero.
         """
-        logits = router_product(x, self.weight)
+        logits = _product(x, self.weight)
         return logits, F.logsigmoid(logits) if self.scoring_func == "sigmoid" else logits.log_softmax(dim=-1)
 
     def weigh(self, log_scores: Tensor, expert_indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +105,16 @@ class TopKRouter(nn.Module):
         counts = counts.float()
         direction = torch.sign(counts.mean() - counts)
         self.expert_bias += self.bias_update_speed * keep * (direction - direction.mean())
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, H) by the transpose of weight (E, H) float32 -> (N, E) in float32, or in fp64 where x is."""
+    if x.dtype == torch.bfloat16 and x.is_cuda and has_triton():
+        from moe.kernels.router_product import router_product  # needs Triton
+
+        return router_product(x, weight)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(dtype), weight.to(dtype))
 
 
 def _top_k(preference: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.kernels.permute import Permutation, add_rows, leading_rows, sort_by_expert, sum_of_rows
@@ -50,8 +51,8 @@ class Plan(NamedTuple):
     """Of this rank's N K slots, by rank; a token's first choice on a rank stands for the others there."""
     places: Tensor
     """(N, K) int32: the row that each choice takes among all ranks' choices, sorted by expert, then by rank."""
-    loads: Tensor
-    """(own experts,) int64: choices that fell on each of them."""
+    bounds: Tensor
+    """(own experts + 1,) int32: between which of the rows here each of them has its own."""
     sizes: SizesUnderWay
 
 
@@ -67,7 +68,8 @@ class Travelling:
     gates_way: _Way
     by_rank: Permutation
     """Of the S sent rows."""
-    loads: Tensor
+    bounds: Tensor
+    """As in `Plan`."""
     sizes: Sizes
 
 
@@ -106,11 +108,11 @@ class ExchangeDispatcher:
         by_expert, by_rank, own_counts = self._sort(routing.expert_indices, valid)
         known = kept.exchanged if kept is not None and isinstance(kept.exchanged, tuple) else None
         counts = known[0] if known else self._gather(own_counts)
-        places, loads, needed = self._place(routing.expert_indices, by_expert, counts)
+        places, bounds, needed = self._place(routing.expert_indices, by_expert, counts)
         sizes = known[1] if known else SizesUnderWay(needed)
         if kept is not None:
             kept.exchanged = counts, sizes
-        return Plan(by_rank, places, loads, sizes)
+        return Plan(by_rank, places, bounds, sizes)
 
     def dispatch(self, x: Tensor, routing: Routing, plan: Plan) -> Travelling:
         """(N, H) tokens -> rows under way to their experts."""
@@ -122,7 +124,7 @@ class ExchangeDispatcher:
         way = _Way(sizes.received, sizes.sent, self.group)
         gates_way = _Way(sizes.received, sizes.sent, self.group)
         rows, gates = way.send(x, copies, by_rank), gates_way.send(gates, gate_copies, by_rank)
-        return Travelling(rows, gates, way, gates_way, by_rank, plan.loads, sizes)
+        return Travelling(rows, gates, way, gates_way, by_rank, plan.bounds, sizes)
 
     def receive(self, travelling: Travelling) -> Visitors:
         """-> the tokens that have experts here, and the rows of these."""
@@ -130,7 +132,7 @@ class ExchangeDispatcher:
         weights, places = travelling.gates_way.finish(travelling.gates).chunk(2, dim=1)
         sizes = travelling.sizes
         rows = self._arrange(places.detach().view(torch.int32), sizes.before, sizes.rows)
-        return Visitors(x, weights.contiguous(), Permutation(*rows, travelling.loads, None))
+        return Visitors(x, weights.contiguous(), Permutation(*rows, travelling.bounds, None))
 
     def send_back(self, outputs: Tensor, travelled: Travelling) -> Returning:
         """(M, H) sums of the experts here -> under way to where the tokens came from."""
@@ -163,16 +165,16 @@ class ExchangeDispatcher:
         return gathered.view(self.parts, -1)
 
     def _place(self, expert_indices: Tensor, by_expert: Permutation, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> `Plan.places`, `Plan.loads` and sizes (2 P + 2,): sent, received, rows and before."""
+        """-> `Plan.places`, `Plan.bounds` and sizes (2 P + 2,): sent, received, rows and before."""
         loads, tokens = counts.split([self.num_experts, self.parts], dim=1)
         total, mine = loads.sum(dim=0), loads[self.rank]
         begin = total.cumsum(0) - total
         # a choice's row moves from among this rank's to behind those of lower ranks, among all
         shift = begin + loads[: self.rank].sum(dim=0) - (mine.cumsum(0) - mine)
         places = (by_expert.row_of_slot + shift[expert_indices]).int()
-        here = total[self.own.start : self.own.stop]
-        ends = [here.sum(), total[: self.own.start].sum()]
-        return places, here, torch.cat([tokens[self.rank], tokens[:, self.rank], torch.stack(ends)])
+        bounds = F.pad(total[self.own.start : self.own.stop].cumsum(0, dtype=torch.int32), (1, 0))
+        ends = torch.stack([bounds[-1].long(), total[: self.own.start].sum()])
+        return places, bounds, torch.cat([tokens[self.rank], tokens[:, self.rank], ends])
 
     def _arrange(self, places: Tensor, before: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """(M, K) places among all ranks' choices -> the first three of the `Permutation` of the `end` rows here."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.kernels import cross_entropy, up_projection
+from moe.kernels import counting_sort, cross_entropy, router_product, up_projection
 from moe.kernels.experts import expert_mlp, permuted_experts, routed_experts
 from moe.kernels.permute import leading_rows, sort_by_expert
 from moe.kernels.reference import moe_reference
@@ -30,6 +30,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(up_projection, "DEPTH", 16)
     monkeypatch.setattr(up_projection, "BAND", 2)
     monkeypatch.setattr(cross_entropy, "BLOCK", 32)
+    monkeypatch.setattr(counting_sort, "BLOCK", 16)
+    monkeypatch.setattr(router_product, "BLOCK", 256)
 
 
 @pytest.fixture(autouse=True)
@@ -202,6 +204,72 @@ def test_swiglu_backward(width: int, weighted: bool) -> None:
     assert torch.equal(da[5], before[1])
     if weighted:
         assert_close(dweight[:5], wanted[1][:5], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_keys"), [(1, 1, 1), (37, 3, 5), (16, 1, 4), (40, 2, 63), (9, 7, 7), (0, 2, 3), (3, 2, 300)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_counting_sort_is_the_stable_sort(tokens: int, top_k: int, num_keys: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(num_keys + 1, (tokens, top_k), generator=generator)
+    valid = torch.rand(tokens, generator=generator) < 0.7 if masked else None
+    expected = sort_by_expert(keys, num_keys, valid)
+    for actual, wanted in zip(counting_sort.counting_sort(keys, valid, num_keys), expected[:4], strict=True):
+        assert actual.dtype == wanted.dtype
+        assert torch.equal(actual, wanted)
+
+
+def test_counting_sort_puts_what_is_no_key_last() -> None:
+    slot_of_row, _, _, bounds = counting_sort.counting_sort(torch.tensor([[7, 1], [-1, 0], [2, 1]]), None, 2)
+    assert slot_of_row.tolist() == [3, 1, 5, 0, 2, 4]
+    assert bounds.tolist() == [0, 1, 3]
+
+
+@pytest.mark.parametrize("loads", [[3, 0, 9, 3, 1], [4], [0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]])
+def test_heaviest_first(loads: list[int]) -> None:
+    bounds = torch.tensor([0, *itertools.accumulate(loads)], dtype=torch.int32)
+    assert counting_sort.heaviest_first(bounds).tolist() == sorted(range(len(loads)), key=lambda e: -loads[e])
+
+
+def make_product(tokens: int, hidden: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(experts, hidden, generator=generator) * hidden**-0.5).requires_grad_()
+    return x, weight, torch.randn(tokens, experts, generator=generator)
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "experts"), [(50, 256, 63), (33, 72, 8), (1, 8, 1), (0, 16, 3)])
+def test_split_product_is_as_exact_as_a_float32_one(tokens: int, hidden: int, experts: int) -> None:
+    x, weight, grad = make_product(tokens, hidden, experts)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = x64 @ weight64.T
+    wanted = torch.autograd.grad(expected, (x64, weight64), grad.double())
+    out = router_product.router_product(x, weight)
+    of_x, of_weight = torch.autograd.grad(out, (x, weight), grad)
+    assert (out.dtype, of_x.dtype, of_weight.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(of_weight.double(), wanted[1], rtol=0, atol=2e-5)
+    # half a unit in the last place, and what 16 bits leave
+    assert ((of_x.double() - wanted[0]).abs() <= wanted[0].abs() * 2**-8 + 1e-4).all()
+    assert ((of_x == wanted[0].bfloat16()) | (of_x.abs() < 1e-3)).float().mean() > 0.98 or not tokens
+
+
+def test_two_bfloat16s_would_not_do() -> None:
+    """The third part is what makes it float32, or the test above proves nothing."""
+    x, weight, _ = make_product(50, 256, 63)
+    high, again, middle, low = router_product._split_rows(weight.detach())[:, :63].double()
+    assert torch.equal(high, again)
+    assert torch.equal((high + middle + low).float(), weight)
+    assert (x.double() @ (high + middle).T - x.double() @ weight.double().T).abs().max() > 4e-6
+
+
+def test_split_product_compiles_without_graph_breaks() -> None:
+    x, weight, grad = make_product(8, 32, 5)
+    compiled = torch.compile(router_product.router_product, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(router_product.router_product(x, weight), (x, weight), grad)
+    actual = torch.autograd.grad(compiled(x, weight), (x, weight), grad)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize(("rows", "columns", "k"), [(37, 63, 7), (5, 64, 64), (1, 1, 1), (0, 5, 2), (3, 1500, 4)])

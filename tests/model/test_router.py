@@ -37,6 +37,14 @@ def test_routing_is_float32_in_a_bfloat16_model() -> None:
     torch.testing.assert_close(routing.logits, logits.float(), rtol=1e-5, atol=1e-5)
 
 
+def test_routing_is_float64_for_float64_hidden_states() -> None:
+    config = small_config()
+    router, x = router_of(config), hidden_states(config).double()
+    logits = router(x, NO_IDS).logits
+    assert logits is not None
+    torch.testing.assert_close(logits, x @ router.weight.double().T, rtol=1e-14, atol=1e-14)
+
+
 def test_a_bfloat16_model_runs_and_keeps_its_dtype() -> None:
     config = small_config()
     model = unit_variance_model(config, torch.bfloat16)
