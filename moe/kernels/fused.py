@@ -45,7 +45,7 @@ def experts(
     h, a = compute.up(x, rows, w1)
     y = compute.down(a, rows, w2)
     del a
-    return (y if row_of_slot is None else sum_rows(y, row_of_slot, rows.used, weights)), h
+    return (y if row_of_slot is None else sum_rows(y, row_of_slot, bounds, weights)), h
 
 
 @torch.library.custom_op("moesaic::experts_backward", mutates_args=())
@@ -62,23 +62,22 @@ def experts_backward(
     w2: Tensor,
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `experts` for x, weights (empty without), w1 and w2.
+    """Gradients of `experts` for the rows (N, H) of x, for weights (empty without), w1 and w2.
 
     `h` is used up: its memory takes its gradient. Nothing else reads it, so the operator does not declare that, which
-    would have compilers copy it.
+    would have compilers copy it. Rows are summed outside, so that compiled code has given h back by then.
     """
     compute = _products(products)
     rows = Rows(bounds, len(h), token_of_row, weight_of_row)
     if not rows.total:
-        dx, dweight, dw1, dw2 = (
-            torch.zeros_like(t) for t in (x, h[:, 0].float() if weights is None else weights, w1, w2)
-        )
-        return dx, dweight, dw1, dw2
+        no_weights = x.new_empty(0, dtype=torch.float32)
+        dweights, dw1, dw2 = (torch.zeros_like(t) for t in (no_weights if weights is None else weights, w1, w2))
+        return x.new_empty(0, x.shape[1]), dweights, dw1, dw2
     dx, dweight, dw1, dw2 = compute.backward(dy.contiguous(), h, x, rows, w1, w2)
     if row_of_slot is None or weights is None:
         return dx, dweight, dw1, dw2
-    dweights = torch.where(row_of_slot < rows.used, dweight[row_of_slot.clamp(max=rows.total - 1)], 0)
-    return sum_rows(dx, row_of_slot, rows.used, None), dweights.to(weights.dtype), dw1, dw2
+    dweights = torch.where(row_of_slot < bounds[-1], dweight[row_of_slot.clamp(max=rows.total - 1)], 0)
+    return dx, dweights.to(weights.dtype), dw1, dw2
 
 
 def _products(name: str) -> ModuleType:
@@ -97,7 +96,7 @@ def _(x: Tensor, weights: Tensor | None, token_of_row: Tensor | None, *rest: Any
 def _(dy: Tensor, h: Tensor, x: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     w1, w2 = rest[4:6]
     dweights = x.new_empty(0, dtype=torch.float32) if weights is None else torch.empty_like(weights)
-    return torch.empty_like(x), dweights, torch.empty_like(w1), torch.empty_like(w2)
+    return x.new_empty(h.shape[0], x.shape[1]), dweights, torch.empty_like(w1), torch.empty_like(w2)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -109,10 +108,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     h, x, weights, *rest = ctx.saved_tensors
+    row_of_slot, bounds = rest[2:4]
     if dy is None:
         return (None,) * 9
     dx, dweights, dw1, dw2 = experts_backward(dy, h, x, weights, *rest, ctx.products)
     torch.autograd.graph.increment_version(h)  # a second backward pass over the same graph raises
+    if row_of_slot is not None:
+        dx = sum_rows(dx, row_of_slot, bounds, None)
     return dx, None if weights is None else dweights, None, None, None, None, dw1, dw2, None
 
 

@@ -1,7 +1,8 @@
 """What happens to rows between grouped matrix products, in Triton: each kernel reads and writes its tensors once.
 
-Rows at and after `used` (1,) int32, on the device, belong to padding: they are not read, and what would be made for
-them stays undefined.
+Rows at and after the last number of `bounds` (n,) int32, on the device, belong to padding: they are not read, and what
+would be made for them stays undefined. Operators take `bounds` whole: of a slice of it, which is not aligned, compilers
+conclude that neither are the results, and read them piecemeal.
 """
 # mypy: allow-untyped-defs
 
@@ -32,14 +33,9 @@ class Rows(NamedTuple):
         """(E,) int32: where each expert's rows end."""
         return self.bounds[1:]
 
-    @property
-    def used(self) -> Tensor:
-        """(1,) int32: how many belong to experts."""
-        return self.bounds[-1:]
-
 
 @torch.library.custom_op("moesaic::sum_rows", mutates_args=())
-def sum_rows(rows: Tensor, row_of_slot: Tensor, used: Tensor, weights: Tensor | None) -> Tensor:
+def sum_rows(rows: Tensor, row_of_slot: Tensor, bounds: Tensor, weights: Tensor | None) -> Tensor:
     """out[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]]: (N, H), (T, K) -> (T, H) in the dtype of rows.
 
     Sums are taken in fp32. A slot of padding adds nothing.
@@ -50,20 +46,20 @@ def sum_rows(rows: Tensor, row_of_slot: Tensor, used: Tensor, weights: Tensor | 
         return out
     block = min(triton.next_power_of_2(width), 2048)
     _sum_rows[(tokens, triton.cdiv(width, block))](
-        rows, row_of_slot, rows if weights is None else weights, used, out,
+        rows, row_of_slot, rows if weights is None else weights, bounds[-1:], out,
         WIDTH=width, TOP_K=top_k, WEIGHTED=weights is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out
 
 
 @sum_rows.register_fake
-def _(rows: Tensor, row_of_slot: Tensor, used: Tensor, weights: Tensor | None) -> Tensor:
+def _(rows: Tensor, row_of_slot: Tensor, bounds: Tensor, weights: Tensor | None) -> Tensor:
     return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
 
 
 @torch.library.custom_op("moesaic::spread_rows", mutates_args=())
 def spread_rows(
-    grad: Tensor, rows: Tensor, row_of_slot: Tensor, used: Tensor, weights: Tensor
+    grad: Tensor, rows: Tensor, row_of_slot: Tensor, bounds: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Backward of the weighted `sum_rows`: grad (T, H) -> gradients of rows (N, H) and of weights (T, K)."""
     (tokens, top_k), width = row_of_slot.shape, rows.shape[1]
@@ -72,18 +68,18 @@ def spread_rows(
         return grad_rows, grad_weights
     block = triton.next_power_of_2(width)
     _spread_rows[(tokens,)](
-        grad, rows, row_of_slot, used, weights, grad_rows, grad_weights,
+        grad, rows, row_of_slot, bounds[-1:], weights, grad_rows, grad_weights,
         WIDTH=width, TOP_K=top_k, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return grad_rows, grad_weights
 
 
 @spread_rows.register_fake
-def _(grad: Tensor, rows: Tensor, row_of_slot: Tensor, used: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, rows: Tensor, row_of_slot: Tensor, bounds: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows), torch.empty_like(weights)
 
 
-def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor | None, used: Tensor) -> Tensor:
+def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor | None, bounds: Tensor) -> Tensor:
     """Backward of a = weight * silu(gate) * up, with h (N, 2 I) the gate beside the up projection, in place.
 
     `da` (N, I) is the gradient of a / weight, `weight` (N,) float32. Overwrites h with its gradient and da with a.
@@ -95,7 +91,7 @@ def swiglu_backward(h: Tensor, da: Tensor, weight: Tensor | None, used: Tensor) 
         return dweight
     block = min(triton.next_power_of_2(width), 512)
     _swiglu_backward[(rows,)](
-        h, da, h if weight is None else weight, used, dweight, WIDTH=width, WEIGHTED=weight is not None,
+        h, da, h if weight is None else weight, bounds[-1:], dweight, WIDTH=width, WEIGHTED=weight is not None,
         BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return dweight

@@ -28,7 +28,7 @@ def backward(dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tenso
     have any, of w1 and of w2. Overwrites h."""
     dy = _gather(dy, rows)
     a = F.grouped_mm(dy, w2, offs=rows.ends)  # its gradient, which the next line turns into a times the weight
-    dweight = swiglu_backward(h, a, rows.weight, rows.used)  # h is its own gradient from here on
+    dweight = swiglu_backward(h, a, rows.weight, rows.bounds)  # h is its own gradient from here on
     dw2 = F.grouped_mm(dy.t(), a, offs=rows.ends)
     del dy, a
     dw1 = F.grouped_mm(h.t(), _gather(x, rows), offs=rows.ends).view_as(w1)

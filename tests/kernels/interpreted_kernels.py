@@ -174,16 +174,16 @@ def test_compiles_without_graph_breaks_for_any_number_of_tokens() -> None:
 def test_row_sums_and_their_gradients(width: int, dtype: torch.dtype) -> None:
     experts, valid = torch.randint(4, (20, 3), generator=torch.Generator().manual_seed(4)), torch.arange(20) % 4 > 0
     permutation = sort_by_expert(experts, 4, valid)
-    used = permutation.tokens_per_expert.sum(0, keepdim=True).int()
+    bounds, used = permutation.bounds, int(permutation.bounds[-1])
     rows, weights, grad = torch.randn(60, width).to(dtype), torch.rand(20, 3), torch.randn(20, width).to(dtype)
-    rows[int(used) :] = torch.nan
+    rows[used:] = torch.nan
     chosen = torch.where(valid[:, None, None], rows[permutation.row_of_slot], 0).float()
-    assert_close(sum_rows(rows, permutation.row_of_slot, used, weights), (chosen * weights[..., None]).sum(1), dtype)
-    assert_close(sum_rows(rows, permutation.row_of_slot, used, None), chosen.sum(1), dtype)
-    grad_rows, grad_weights = spread_rows(grad, rows, permutation.row_of_slot, used, weights)
+    assert_close(sum_rows(rows, permutation.row_of_slot, bounds, weights), (chosen * weights[..., None]).sum(1), dtype)
+    assert_close(sum_rows(rows, permutation.row_of_slot, bounds, None), chosen.sum(1), dtype)
+    grad_rows, grad_weights = spread_rows(grad, rows, permutation.row_of_slot, bounds, weights)
     assert_close(grad_weights, (chosen * grad[:, None].float()).sum(-1), torch.float16)
     spread = (grad[:, None].float() * weights[..., None]).flatten(0, 1)[permutation.slot_of_row]
-    assert_close(grad_rows[: int(used)], spread[: int(used)], dtype)
+    assert_close(grad_rows[:used], spread[:used], dtype)
 
 
 @pytest.mark.parametrize(("width", "weighted"), itertools.product([16, 520], [False, True]))
@@ -195,9 +195,9 @@ def test_swiglu_backward(width: int, weighted: bool) -> None:
     leaves[1].requires_grad_()
     a = torch.nn.functional.silu(gate) * up * leaves[1][:, None]
     wanted = torch.autograd.grad(a, leaves, da)
-    used = torch.tensor([5], dtype=torch.int32)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
     before = h[5].clone(), da[5].clone()
-    dweight = swiglu_backward(h, da, weight, used)
+    dweight = swiglu_backward(h, da, weight, bounds)
     assert_close(h[:5], wanted[0][:5], torch.float32)
     assert_close(da[:5], a.detach()[:5], torch.float32)
     assert torch.equal(h[5], before[0])
