@@ -1,10 +1,11 @@
-"""Check the expert backends on this GPU: python -m benchmarks.kernels [--tokens 4096] [--json FILE].
+"""Check expert backends and routing on this GPU: python -m benchmarks.kernels [--tokens 4096] [--json FILE].
 
 In bfloat16, on unit-variance inputs, against the fp64 reference: the error of the output and of every gradient, over
 the error of the plain bfloat16 loop on the same inputs (`loop`; at most 1.1 is allowed). Cases: skewed routing with
 empty experts, one expert that gets everything, padding tokens that hold NaN in every tensor, odd numbers of tokens and
-experts, rows without a token. Also: two passes equal to the bit, none waits for the device. Ends with 1 where a check
-fails.
+experts, rows without a token. Also: two passes equal to the bit, none waits for the device. Of routing: the router's
+product on tensor cores against fp64, over the norms, and the order of choices equal to the CPU's. Ends with 1 where a
+check fails.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from torch import Tensor
 from benchmarks.arguments import new_file, parse_on_gpu, positive
 from benchmarks.timing import waits_for_device
 from moe.kernels.experts import available_backends, routed_experts
+from moe.kernels.permute import sort_by_expert
 from moe.kernels.reference import moe_reference
+from moe.kernels.router_product import router_product
 
 ALLOWED = 1.1
+ROUTER_ALLOWED = {"logits": 3e-6, "x": 2e-3, "weight": 1e-4}
+"""Of the norms: what a float32's third part adds, a rounding to bfloat16, and sums over tokens on tensor cores."""
 TENSORS = ("output", "x", "weights", "gate_up_proj", "down_proj")
 
 
@@ -129,6 +134,28 @@ def check(case: Case, backends: list[str]) -> list[dict[str, object]]:
     return rows
 
 
+def check_routing(case: Case) -> dict[str, object]:
+    """One row."""
+    inputs = make_inputs(case)
+    here = sort_by_expert(inputs.experts, case.experts, inputs.valid)
+    on_cpu = sort_by_expert(inputs.experts.cpu(), case.experts, inputs.valid.cpu())
+    is_sorted = all(torch.equal(a.cpu(), b) for a, b in zip(here[:4], on_cpu[:4], strict=True))
+    generator = torch.Generator("cuda").manual_seed(1)
+    weight = torch.randn(case.experts, case.hidden, generator=generator, device="cuda") * case.hidden**-0.5
+    grad = torch.randn(case.tokens, case.experts, generator=generator, device="cuda")
+    leaves = [inputs.x.requires_grad_(), weight.requires_grad_()]
+    logits = router_product(*leaves)
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = exact_leaves[0] @ exact_leaves[1].T
+    found = errors(
+        [logits.detach(), *torch.autograd.grad(logits, leaves, grad)],
+        [exact.detach(), *torch.autograd.grad(exact, exact_leaves, grad.double())],
+    )
+    error = dict(zip(ROUTER_ALLOWED, found, strict=True))
+    good = is_sorted and all(error[name] <= allowed for name, allowed in ROUTER_ALLOWED.items())
+    return {"case": case.name, "router_error": error, "sorted": is_sorted, "good": good}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=positive, default=4096)
@@ -142,9 +169,15 @@ def main() -> int:
             ratios = "".join(f"{ratio:14.3f}" for ratio in row["of_plain"].values())  # type: ignore[attr-defined]
             print(f"{case.name:20} {row['backend']:11}{ratios}   {row['repeats']!s:7}  {row['waits']}", flush=True)
             rows.append(row)
+    print(f"{'case':20} {'router':11}" + "".join(f"{name:>14}" for name in ROUTER_ALLOWED) + "   sorted")
+    for case in cases(args.tokens):
+        row = check_routing(case)
+        found = "".join(f"{error:14.1e}" for error in row["router_error"].values())  # type: ignore[attr-defined]
+        print(f"{case.name:20} {'':11}{found}   {row['sorted']}", flush=True)
+        rows.append(row)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
-    return 0 if all(row["good"] and not row["waits"] for row in rows) else 1
+    return 0 if all(row["good"] and not row.get("waits") for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Time one mixture layer, router included, against other frameworks': python -m benchmarks.moe_layer [--json FILE].
 
 Forward and backward passes at 32,768 tokens in bfloat16, real routing by an untrained router, in one process; medians
-of 20 passes after 5 and their FLOP/s (18 T K H I): alone, for each of which the device stands idle until the host has
-launched it, and behind one another, as in a training step. Beside them the peak of memory above parameters, inputs and
+of 20 passes after 5 and their FLOP/s (18 T K H I): alone, each finding the device idle and waiting for the host's
+launches, and behind one another, as in a training step. Beside them the peak of memory above parameters, inputs and
 gradients. Packages that are not there are left out and named. `launch/install_gpu.sh` and docs/performance.md say how
 to install them.
 """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 class Measured(NamedTuple):
     milliseconds: float
-    """Of a pass for which the device stands idle until the host has launched it."""
+    """Of a pass that finds the device idle, and waits for the host's launches."""
     queued_milliseconds: float
     """Of a pass behind another, the host ahead, as in a training step."""
     peak_gib: float

@@ -2,7 +2,7 @@
 
     keys --count each block's--> (keys, blocks) --running sum--> where each block's keys end --each slot its row--> rows
 
-Stable and without atomics on memory, so that results are bitwise reproducible.
+Stable, and no program depends on another's pace, so that results are bitwise reproducible.
 """
 # mypy: allow-untyped-defs
 
@@ -31,7 +31,7 @@ def counting_sort(keys: Tensor, valid: Tensor | None, num_keys: int) -> tuple[Te
     if slots:
         blocks, bins = triton.cdiv(slots, BLOCK), triton.next_power_of_2(num_keys + 1)
         counts = torch.empty(num_keys + 1, blocks, dtype=torch.int32, device=keys.device)
-        arguments = (keys.contiguous(), keys if valid is None else valid, slots, num_keys)
+        arguments = (keys.contiguous(), keys if valid is None else valid.contiguous(), slots, num_keys)
         shapes = {"TOP_K": top_k, "MASKED": valid is not None, "BLOCK": BLOCK, "BINS": bins}
         _count[(blocks,)](*arguments, counts, **shapes)
         ends = counts.flatten().cumsum(0, dtype=torch.int32)
@@ -54,18 +54,18 @@ def heaviest_first(bounds: Tensor) -> Tensor:
     """(E,) int32: experts by their load, whose rows lie between bounds (E + 1,); of equals the first."""
     experts = len(bounds) - 1
     order = bounds.new_empty(experts)
-    _rank[(1,)](bounds, order, experts, PADDED=triton.next_power_of_2(experts), num_warps=8)
+    _rank[(experts,)](bounds, order, experts, PADDED=triton.next_power_of_2(experts), num_warps=1)
     return order
 
 
 @triton.jit
 def _load_keys(keys, valid, slots, num_keys, TOP_K: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + slot, mask=slot < slots, other=-1).to(tl.int32)
+    key = tl.load(keys + slot, mask=slot < slots, other=-1)
     is_key = (key >= 0) & (key < num_keys)
     if MASKED:
         is_key &= tl.load(valid + slot // TOP_K, mask=slot < slots, other=0) != 0
-    return slot, tl.where(is_key, key, num_keys)
+    return slot, tl.where(is_key, key, num_keys).to(tl.int32)
 
 
 @triton.jit
@@ -98,10 +98,9 @@ def _place(keys, valid, slots, num_keys, ends, slot_of_row, token_of_row, row_of
 
 @triton.jit
 def _rank(bounds, order, experts, PADDED: tl.constexpr):
-    expert = tl.arange(0, PADDED)
-    inside = expert < experts
-    load = tl.load(bounds + expert + 1, mask=inside, other=-1) - tl.load(bounds + expert, mask=inside, other=0)
-    is_before = (load[None, :] > load[:, None]) | (
-        (load[None, :] == load[:, None]) & (expert[None, :] < expert[:, None])
-    )
-    tl.store(order + tl.sum(is_before.to(tl.int32), axis=1), expert, mask=inside)
+    own, other = tl.program_id(0), tl.arange(0, PADDED)
+    inside = other < experts
+    load = tl.load(bounds + other + 1, mask=inside, other=-1) - tl.load(bounds + other, mask=inside, other=0)
+    own_load = tl.load(bounds + own + 1) - tl.load(bounds + own)
+    goes_before = (load > own_load) | ((load == own_load) & (other < own))
+    tl.store(order + tl.sum(goes_before.to(tl.int32)), own)

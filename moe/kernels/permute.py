@@ -1,7 +1,7 @@
 """Move tokens to the rows their experts read, and back.
 
-Rows are (token, choice) pairs ordered by expert. Every step is a sort, a gather or a sum over a token's own K rows: no
-atomics and no host synchronisation, so that results are bitwise reproducible on every device.
+Rows are (token, choice) pairs ordered by expert. Every step is a stable sort, a gather or a sum over a token's own K
+rows, without host synchronisation, and bitwise reproducible on every device.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int, valid: Tensor | Non
     sorted_experts, slot_of_row = experts.flatten().to(torch.int32).sort(stable=True)
     row_of_slot = torch.empty_like(slot_of_row)
     row_of_slot.scatter_(0, slot_of_row, torch.arange(slot_of_row.numel(), device=slot_of_row.device))
-    # Boundaries by binary search: bincount would synchronise with the host, and histograms use atomics.
+    # Boundaries by binary search: bincount would synchronise with the host.
     expert_ids = torch.arange(num_experts + 1, dtype=torch.int32, device=experts.device)
     bounds = torch.searchsorted(sorted_experts, expert_ids, out_int32=True)
     token_of_row = (slot_of_row // top_k).to(torch.int32)

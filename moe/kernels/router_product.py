@@ -28,7 +28,7 @@ def router_product(x: Tensor, weight: Tensor) -> Tensor:
 @torch.library.custom_op("moesaic::router_product_backward", mutates_args=())
 def _router_product_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of x in its own precision, of weight in float32."""
-    by_column, by_row = _split_columns(grad.contiguous()), _split_rows(weight)
+    by_column, by_row = _split_columns(grad), _split_rows(weight)
     of_weight = _matmul(by_column[:, :3].flatten(1, 2).t(), x).unflatten(0, (3, -1)).sum(0)
     # 16 bits of either factor, since the result is rounded to 8: middle x high + high x high + high x middle
     of_x = by_column[:, 1:].flatten(1, 2) @ by_row[:3].flatten(0, 1)
@@ -41,7 +41,7 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> Tensor:
-    """x (E, H) float32 -> (4, E', H) bfloat16: its high part twice, its middle one and its low one, which sum up to x;
+    """x (E, H) float32 -> (4, E', H) bfloat16: its high part twice, the middle one, the low one; the three sum up to x.
     E' is the multiple of 8 that aligned loads want, the rows after E zero."""
     return _split(x, x.new_empty(4, -(-len(x) // 8) * 8, x.shape[1], dtype=torch.bfloat16), 0, is_reversed=False)
 
@@ -55,7 +55,7 @@ def _split(x: Tensor, out: Tensor, part_dim: int, is_reversed: bool) -> Tensor:
     size = out.numel() // 4
     if size:
         _write_parts[(triton.cdiv(size, BLOCK),)](
-            x, out, size, *x.shape, out.shape[2], out.stride(1 - part_dim), out.stride(part_dim),
+            x.contiguous(), out, size, *x.shape, out.shape[2], out.stride(1 - part_dim), out.stride(part_dim),
             REVERSED=is_reversed, BLOCK=BLOCK,
         )  # fmt: skip
     return out
@@ -78,7 +78,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @_router_product_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -103,15 +103,15 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def _sum_rows(rows, row_of_slot, weights, used, out, WIDTH: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
+def _sum_rows(rows, row_of_slot, weights, end, out, WIDTH: tl.constexpr, TOP_K: tl.constexpr, WEIGHTED: tl.constexpr,
               BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    end = tl.load(used)
+    used = tl.load(end)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_of_slot + token * TOP_K + k).to(tl.int64)
-        here = columns < tl.where(row < end, WIDTH, 0)
+        here = columns < tl.where(row < used, WIDTH, 0)
         block = tl.load(rows + row * WIDTH + columns, mask=here, other=0).to(tl.float32)
         if WEIGHTED:
             # a select: a weight of padding may be anything
@@ -121,16 +121,16 @@ def _sum_rows(rows, row_of_slot, weights, used, out, WIDTH: tl.constexpr, TOP_K:
 
 
 @triton.jit
-def _spread_rows(grad, rows, row_of_slot, used, weights, grad_rows, grad_weights, WIDTH: tl.constexpr,
+def _spread_rows(grad, rows, row_of_slot, end, weights, grad_rows, grad_weights, WIDTH: tl.constexpr,
                  TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    end = tl.load(used)
+    used = tl.load(end)
     own = tl.load(grad + token * WIDTH + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         slot = token * TOP_K + k
         row = tl.load(row_of_slot + slot).to(tl.int64)
-        here = columns < tl.where(row < end, WIDTH, 0)
+        here = columns < tl.where(row < used, WIDTH, 0)
         value = tl.load(rows + row * WIDTH + columns, mask=here, other=0).to(tl.float32)
         tl.store(grad_weights + slot, tl.sum(tl.where(here, own * value, 0)).to(grad_weights.dtype.element_ty))
         spread = own * tl.load(weights + slot).to(tl.float32)
@@ -138,9 +138,9 @@ def _spread_rows(grad, rows, row_of_slot, used, weights, grad_rows, grad_weights
 
 
 @triton.jit
-def _swiglu_backward(h, da, weight, used, dweight, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward(h, da, weight, end, dweight, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    if row < tl.load(used):
+    if row < tl.load(end):
         scale = tl.load(weight + row).to(tl.float32) if WEIGHTED else 1.0
         product = tl.zeros((BLOCK,), tl.float32)
         for start in tl.static_range(0, WIDTH, BLOCK):

@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     places: Tensor
     """(N, K) int32: the row that each choice takes among all ranks' choices, sorted by expert, then by rank."""
     bounds: Tensor
-    """(own experts + 1,) int32: between which of the rows here each of them has its own."""
+    """(own experts + 1,) int32: as `Permutation.bounds`, of the rows here."""
     sizes: SizesUnderWay
 
 

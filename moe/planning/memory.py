@@ -159,12 +159,14 @@ def attention_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
 
 
 def router_bytes(model: ModelConfig, layout: Layout, step: Step) -> int:
-    """The float32 input; logits, log scores, scores (N, E); choices and weights (N, K); log-sum-exp and mask (N,)."""
+    """The input in float32, or, where experts are one operator, as it is, if no shared experts keep it anyway; logits,
+    log scores, scores (N, E); choices and weights (N, K); log-sum-exp and mask (N,)."""
     tokens = step.tokens // layout.tensor
     if model.routing == "hash":
         return tokens
     chosen = model.num_experts_per_tok * (INT64 + FLOAT32)
-    return tokens * (FLOAT32 * (model.hidden_size + 3 * model.n_routed_experts + 1) + chosen + 1)
+    of_input = FLOAT32 if not step.fused_experts else 0 if model.n_shared_experts else step.compute_bytes
+    return tokens * (of_input * model.hidden_size + FLOAT32 * (3 * model.n_routed_experts + 1) + chosen + 1)
 
 
 def row_bytes(model: ModelConfig, rows: int, layout: Layout, step: Step) -> int:
@@ -226,7 +228,8 @@ def kept_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> di
     """What selective recomputation keeps of a block: results of matrix products, attention and exchanges.
 
     Of attention queries, keys, values, output and the projection of that; of an MLP gate, up and output; of the routed
-    experts the same by rows, and these as they arrive at either end.
+    experts the same by rows, and these as they arrive at either end. Of experts that are one operator the choices in
+    their order as well, between ranks by expert and by rank.
     """
     hidden, own = model.hidden_size, step.tokens // layout.tensor
     width, heads = (
@@ -247,8 +250,10 @@ def kept_bytes(model: ModelConfig, layer: int, layout: Layout, step: Step) -> di
     exchanged = sum(visitors) if layout.expert > 1 else 0
     choices = 2 * model.num_experts_per_tok * visitors.received * FLOAT32 if layout.expert > 1 else 0
     results = visitors.received if step.fused_experts else rows
+    sorts = 0 if not step.fused_experts else 1 if layout.expert == 1 else 2
+    sorted_choices = sorts * own * model.num_experts_per_tok * (2 * INT64 + INT32)
     return parts | {
-        "router": FLOAT32 * own * model.n_routed_experts if model.routing == "learned" else 0,
+        "router": (FLOAT32 * own * model.n_routed_experts if model.routing == "learned" else 0) + sorted_choices,
         "rows": (results + exchanged) * hidden * step.compute_bytes + choices,
         "expert hidden": 2 * rows * int(model.moe_intermediate_size) * step.compute_bytes,
         "shared experts": mlp(model.n_shared_experts * model.moe_intermediate_size) if model.n_shared_experts else 0,

@@ -221,15 +221,27 @@ def test_counting_sort_is_the_stable_sort(tokens: int, top_k: int, num_keys: int
 
 
 def test_counting_sort_puts_what_is_no_key_last() -> None:
-    slot_of_row, _, _, bounds = counting_sort.counting_sort(torch.tensor([[7, 1], [-1, 0], [2, 1]]), None, 2)
+    slot_of_row, _, _, bounds = counting_sort.counting_sort(torch.tensor([[2**32, 1], [-1, 0], [2, 1]]), None, 2)
     assert slot_of_row.tolist() == [3, 1, 5, 0, 2, 4]
     assert bounds.tolist() == [0, 1, 3]
+
+
+def test_counting_sort_of_strided_inputs() -> None:
+    keys, valid = torch.randint(5, (3, 40)).t(), (torch.rand(80) < 0.7)[::2]
+    expected = sort_by_expert(keys, 5, valid)[:4]
+    assert all(map(torch.equal, counting_sort.counting_sort(keys, valid, 5), expected))
 
 
 @pytest.mark.parametrize("loads", [[3, 0, 9, 3, 1], [4], [0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]])
 def test_heaviest_first(loads: list[int]) -> None:
     bounds = torch.tensor([0, *itertools.accumulate(loads)], dtype=torch.int32)
     assert counting_sort.heaviest_first(bounds).tolist() == sorted(range(len(loads)), key=lambda e: -loads[e])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_counting_sort_is_described_to_compilers_as_it_is(masked: bool) -> None:
+    valid = torch.rand(37) < 0.7 if masked else None
+    torch.library.opcheck(counting_sort.counting_sort, (torch.randint(5, (37, 3)), valid, 5))
 
 
 def make_product(tokens: int, hidden: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +252,7 @@ def make_product(tokens: int, hidden: int, experts: int) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize(("tokens", "hidden", "experts"), [(50, 256, 63), (33, 72, 8), (1, 8, 1), (0, 16, 3)])
-def test_split_product_is_as_exact_as_a_float32_one(tokens: int, hidden: int, experts: int) -> None:
+def test_splitting_a_product_loses_nothing_of_float32(tokens: int, hidden: int, experts: int) -> None:
     x, weight, grad = make_product(tokens, hidden, experts)
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
     expected = x64 @ weight64.T
@@ -262,6 +274,26 @@ def test_two_bfloat16s_would_not_do() -> None:
     assert torch.equal(high, again)
     assert torch.equal((high + middle + low).float(), weight)
     assert (x.double() @ (high + middle).T - x.double() @ weight.double().T).abs().max() > 4e-6
+
+
+def test_split_product_of_strided_inputs() -> None:
+    x, weight, _ = make_product(20, 32, 5)
+    strided = [torch.stack([t.detach(), t.detach()], dim=-1)[..., 0].requires_grad_() for t in (x, weight)]
+    found, wanted = (
+        [out.detach(), *torch.autograd.grad(out.sum(), leaves)]  # whose gradient is one number, expanded
+        for leaves in (strided, (x, weight))
+        for out in [router_product.router_product(*leaves)]
+    )
+    assert all(map(torch.equal, found, wanted))
+    torch.testing.assert_close(wanted[2], x.detach().float().sum(0).expand(5, -1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_product_is_described_to_compilers_as_it_is(dtype: torch.dtype) -> None:
+    x, weight, grad = (t.detach() for t in make_product(9, 32, 5))
+    weight = weight.to(dtype)
+    torch.library.opcheck(router_product.router_product, (x, weight))
+    torch.library.opcheck(router_product._router_product_backward, (grad, x, weight))
 
 
 def test_split_product_compiles_without_graph_breaks() -> None:
