@@ -12,7 +12,7 @@ from typing import Any
 from moe.telemetry.comparison import write_comparison
 from moe.telemetry.facts import quantity, run_facts
 from moe.telemetry.report import write_report
-from moe.telemetry.run_folder import load_run
+from moe.telemetry.run_folder import NoRowsError, load_run
 
 EXIT_DATA_ERROR = 77
 
@@ -20,8 +20,9 @@ EXIT_DATA_ERROR = 77
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        page = _write(options.run_folder, options.output)
-        facts = [run_facts(load_run(folder)) for folder in options.run_folder]
+        folders = _begun(options.run_folder)
+        page = _write(folders, options.output)
+        facts = [run_facts(load_run(folder)) for folder in folders]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_DATA_ERROR
@@ -40,6 +41,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="page comparing several runs (default: comparison.html)")
     parser.add_argument("--json", action="store_true", help="print the runs' figures as JSON")
     return parser
+
+
+def _begun(folders: Sequence[Path]) -> Sequence[Path]:
+    """Those of several that hold rows; the others are named. All of them where none does."""
+    begun = []
+    for folder in folders if len(folders) > 1 else ():
+        try:
+            load_run(folder)
+        except NoRowsError as error:
+            print(f"warning: left out: {error}", file=sys.stderr)
+        else:
+            begun.append(folder)
+    return begun or folders
 
 
 def _write(folders: Sequence[Path], output: Path | None) -> Path:

@@ -23,6 +23,7 @@ from moe.config.validate import validate
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 _FREE_KEYS = ("data.sources.", "data.weights.", "telemetry.prompts.")
+_ADDED_GROUPS = ("experiment", "variant", "sweep")
 _LAYOUT_KEYS = ("micro_batch_size", "log_interval", "eval_interval")
 
 
@@ -153,6 +154,8 @@ def explain(error: BaseException) -> str:
 def _unknown_key(key: str) -> str:
     if f"{key}." in _FREE_KEYS or key.startswith(_FREE_KEYS):
         return f"{key}: write a new entry as +{key.split('.')[0]}.{key.split('.')[1]}.NAME=VALUE"
+    if key in _ADDED_GROUPS:
+        return f"{key}: write it with a plus, as +{key}=NAME"
     near = _same_leaf(key) or difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` prints all keys"
     return f"unknown key {key}: {hint}"

@@ -57,7 +57,7 @@ def resolve(config: Config, world_size: int) -> Layout:
     layout = _fill(config.parallel, world_size)
     if layout is None:
         degrees = ", ".join(f"parallel.{axis}={'null' if n is None else n}" for axis, n in asked.items())
-        problem = f"{degrees} do not multiply to {world_size} ranks"
+        problem = f"{degrees} do not multiply to {world_size} rank{'s' if world_size > 1 else ''}"
     else:
         problem = find_problem(layout, model, seq_len) or find_batch_problem(layout, config.train)
     if layout is not None and not problem:
@@ -65,7 +65,9 @@ def resolve(config: Config, world_size: int) -> Layout:
     legal = list(legal_layouts(world_size, model, seq_len))
     suiting = [layout for layout in legal if not find_batch_problem(layout, config.train)]
     condition = "" if suiting else "with batches that divide, "
-    raise ConfigError(f"{problem}; {condition}on {world_size} ranks these can run: {_list(suiting or legal, asked)}")
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    more = "; several start as torchrun --nproc_per_node=N train.py ..." if world_size == 1 else ""
+    raise ConfigError(f"{problem}; {condition}on {ranks} these can run: {_list(suiting or legal, asked)}{more}")
 
 
 def find_problem(layout: Layout, model: ModelConfig, seq_len: int) -> str:

@@ -17,6 +17,10 @@ class RunFolderError(ValueError):
     """A run folder lacks a file or holds a damaged one; the message names it."""
 
 
+class NoRowsError(RunFolderError):
+    """The run was stopped before its first log row, or has not come to it."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run folder in memory. `rows` are those of metrics.jsonl; `summary` and `samples` are empty until written."""
@@ -59,11 +63,11 @@ class Run:
 def load_run(folder: Path) -> Run:
     """Read config.yaml, metrics.jsonl and, where present, summary.json and samples.json; secrets are redacted.
 
-    Raises RunFolderError or MetricsError, both ValueErrors, naming the file.
+    Raises RunFolderError (NoRowsError before the first log row) or MetricsError, all ValueErrors, naming the file.
     """
     rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
-        raise RunFolderError(f"{folder / 'metrics.jsonl'}: holds no rows yet")
+        raise NoRowsError(f"{folder / 'metrics.jsonl'}: holds no rows yet")
     return Run(
         folder=folder,
         config=redact(_read_config(folder / "config.yaml")),

@@ -15,6 +15,7 @@ from moe.config import ConfigError, load_config
 # override(s), then what the line must contain
 BAD = [
     ("bad=1", "unknown key bad"),
+    ("experiment=moe_2b", "experiment: write it with a plus, as +experiment=NAME"),
     ("model.hiden_size=3", "unknown key model.hiden_size: did you mean model.hidden_size?"),
     ("lr=1", "unknown key lr: did you mean optim.lr?"),
     ("+optim.momentum=0.9", "optim.momentum"),

@@ -28,6 +28,11 @@ def test_what_cannot_run_is_refused_with_what_can(overrides: list[str], ranks: i
     assert "\n" not in str(error.value)
 
 
+def test_on_one_rank_it_says_how_several_start() -> None:
+    with pytest.raises(ConfigError, match=r"on 1 rank these can run: one rank; several start as torchrun "):
+        resolve(compose(["parallel.shard=2"]), 1)
+
+
 def test_the_layouts_that_are_offered_can_run() -> None:
     overrides = ["train.global_batch_size=4", "train.micro_batch_size=2"]
     with pytest.raises(ConfigError, match=r"not 4 \(.*\); on 4 ranks these can run: ") as error:

@@ -121,6 +121,15 @@ def test_comparison_shows_what_differs(tmp_path: Path) -> None:
     assert SECRET not in html
 
 
+def test_runs_without_rows_are_left_out_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), make_run(tmp_path / "c", experts=4)]
+    (folders[1] / "metrics.jsonl").write_text("")
+    page = tmp_path / "comparison.html"
+    assert command.main([*map(str, folders), "--output", str(page)]) == 0
+    assert "warning: left out: " + str(folders[1] / "metrics.jsonl") in capsys.readouterr().err
+    assert str(folders[2]) in page.read_text(encoding="utf-8")
+
+
 def test_config_differences_are_flattened() -> None:
     configs = [{"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9, "c": 2}}]
     assert config_differences(configs) == [("a.b", ["1", "9"]), ("d", ["3", "–"])]
