@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         folders = _begun(options.run_folder)
-        page = _write(folders, options.output)
+        is_comparison = len(options.run_folder) > 1
+        page = _write(folders, options.output, is_comparison)
         facts = [run_facts(load_run(folder)) for folder in folders]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,8 +57,8 @@ def _begun(folders: Sequence[Path]) -> Sequence[Path]:
     return begun or folders
 
 
-def _write(folders: Sequence[Path], output: Path | None) -> Path:
-    if len(folders) > 1:
+def _write(folders: Sequence[Path], output: Path | None, is_comparison: bool) -> Path:
+    if is_comparison:
         return write_comparison(folders, output or Path("comparison.html"))
     if output is not None:
         raise ValueError("--output is for comparisons of several runs; one run's report lies in its own folder")

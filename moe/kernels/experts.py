@@ -177,6 +177,7 @@ def _fused(
     down_proj: Tensor,
     backend: str,
 ) -> Tensor:
+    """`places`: of rows their tokens and weights, of slots their rows; none where x are the rows, and sorted."""
     from moe.kernels.fused import experts  # needs Triton, which other backends do without
 
     return experts(x.contiguous(), weights, *places, bounds, gate_up_proj, down_proj, backend)[0]

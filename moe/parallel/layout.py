@@ -54,10 +54,10 @@ def resolve(config: Config, world_size: int) -> Layout:
         ConfigError: the degrees do not fit the ranks, the model or the batch; it lists some that do.
     """
     model, seq_len, asked = config.model.build(), config.data.seq_len, _asked(config.parallel)
-    layout = _fill(config.parallel, world_size)
+    layout, ranks = _fill(config.parallel, world_size), f"{world_size} rank{'s' if world_size > 1 else ''}"
     if layout is None:
         degrees = ", ".join(f"parallel.{axis}={'null' if n is None else n}" for axis, n in asked.items())
-        problem = f"{degrees} do not multiply to {world_size} rank{'s' if world_size > 1 else ''}"
+        problem = f"{degrees} do not multiply to {ranks}"
     else:
         problem = find_problem(layout, model, seq_len) or find_batch_problem(layout, config.train)
     if layout is not None and not problem:
@@ -65,8 +65,8 @@ def resolve(config: Config, world_size: int) -> Layout:
     legal = list(legal_layouts(world_size, model, seq_len))
     suiting = [layout for layout in legal if not find_batch_problem(layout, config.train)]
     condition = "" if suiting else "with batches that divide, "
-    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-    more = "; several start as torchrun --nproc_per_node=N train.py ..." if world_size == 1 else ""
+    needs_more = world_size == 1 and any(degree and degree > 1 for degree in asked.values())
+    more = "; several start as torchrun --nproc_per_node=N train.py ..." if needs_more else ""
     raise ConfigError(f"{problem}; {condition}on {ranks} these can run: {_list(suiting or legal, asked)}{more}")
 
 

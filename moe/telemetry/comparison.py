@@ -20,7 +20,7 @@ def write_comparison(run_folders: Sequence[Path], path: Path) -> Path:
     write_page(
         path,
         "comparison.html.j2",
-        title=f"{len(runs)} runs compared",
+        title=f"{len(runs)} run{'s' if len(runs) > 1 else ''} compared",
         names=names,
         colors=[fig.line_color(index) for index in range(len(runs))],
         table_rows=fact_table(runs),

@@ -128,6 +128,8 @@ def test_runs_without_rows_are_left_out_of_a_comparison(tmp_path: Path, capsys: 
     assert command.main([*map(str, folders), "--output", str(page)]) == 0
     assert "warning: left out: " + str(folders[1] / "metrics.jsonl") in capsys.readouterr().err
     assert str(folders[2]) in page.read_text(encoding="utf-8")
+    assert command.main([*map(str, folders[:2]), "--output", str(page)]) == 0  # of one that is left
+    assert command.main([str(folders[1]), str(folders[1])]) == 77
 
 
 def test_config_differences_are_flattened() -> None:
