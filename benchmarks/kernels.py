@@ -3,9 +3,9 @@
 In bfloat16, on unit-variance inputs, against the fp64 reference: the error of the output and of every gradient, over
 the error of the plain bfloat16 loop on the same inputs (`loop`; at most 1.1 is allowed). Cases: skewed routing with
 empty experts, one expert that gets everything, padding tokens that hold NaN in every tensor, odd numbers of tokens and
-experts, rows without a token. Also: two passes equal to the bit, none waits for the device. Of routing: the router's
-product on tensor cores against fp64, over the norms, and the order of choices equal to the CPU's. Ends with 1 where a
-check fails.
+experts, rows without a token. Also: two passes equal to the bit, none waits for the device, and of the fused backends
+gradients that were added to float32 sums within the same errors. Of routing: the router's product on tensor cores
+against fp64, over the norms, and the order of choices equal to the CPU's. Ends with 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.arguments import new_file, parse_on_gpu, positive
 from benchmarks.timing import waits_for_device
-from moe.kernels.experts import available_backends, routed_experts
+from moe.kernels.experts import FUSED, available_backends, routed_experts
 from moe.kernels.permute import sort_by_expert
 from moe.kernels.reference import moe_reference
 from moe.kernels.router_product import router_product
@@ -82,13 +82,21 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(x.bfloat16(), experts, weights * case.top_k, *rounded, valid)
 
 
-def passes(inputs: Inputs, backend: str) -> list[Tensor]:
-    """Output and gradients; tokens of padding hold NaN."""
+def passes(inputs: Inputs, backend: str, sums: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+    """Output and gradients, those of the weights only without `sums`; tokens of padding hold NaN."""
     padding = ~inputs.valid[:, None]
     x, weights, grad = (t.masked_fill(padding, torch.nan) for t in (inputs.x, inputs.weights, inputs.grad))
     leaves = [t.detach().clone().requires_grad_() for t in (x, weights, inputs.gate_up, inputs.down)]
-    out = routed_experts(leaves[0], inputs.experts, *leaves[1:], backend, inputs.valid)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    out = routed_experts(leaves[0], inputs.experts, *leaves[1:], backend, inputs.valid, sums)
+    return [out.detach(), *torch.autograd.grad(out, leaves if sums is None else leaves[:2], grad)]
+
+
+def added_gradients(inputs: Inputs, backend: str) -> list[Tensor]:
+    """By how much a pass raises sums of the weights' gradients."""
+    before = [torch.randn(weight.shape, device="cuda") for weight in (inputs.gate_up, inputs.down)]
+    sums = (before[0].clone(), before[1].clone())
+    passes(inputs, backend, sums)
+    return [total.double() - old.double() for total, old in zip(sums, before, strict=True)]
 
 
 def exact_passes(inputs: Inputs) -> list[Tensor]:
@@ -122,6 +130,10 @@ def check(case: Case, backends: list[str]) -> list[dict[str, object]]:
         first, second = passes(inputs, backend), passes(inputs, backend)
         repeats = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         waits = waits_for_device(lambda backend=backend: passes(inputs, backend))  # type: ignore[misc]
+        adds = None  # others have no sums
+        if backend in FUSED:
+            added = errors(added_gradients(inputs, backend), exact[3:])
+            adds = all(error <= limit for error, limit in zip(added, allowed[3:], strict=True))
         rows.append(
             {
                 "case": case.name,
@@ -130,7 +142,8 @@ def check(case: Case, backends: list[str]) -> list[dict[str, object]]:
                 "of_plain": dict(zip(TENSORS, ratios, strict=True)),
                 "repeats": repeats,
                 "waits": waits,
-                "good": max(ratios) <= ALLOWED and repeats and not waits,
+                "adds": adds,
+                "good": max(ratios) <= ALLOWED and repeats and not waits and adds is not False,
             }
         )
     return rows
@@ -164,12 +177,13 @@ def main() -> int:
     parser.add_argument("--json", type=new_file, metavar="FILE")
     args = parse_on_gpu(parser)
     backends = [name for name in available_backends() if name != "loop"]
-    print(f"{'case':20} {'backend':11}" + "".join(f"{name:>14}" for name in TENSORS) + "   repeats  waits")
+    print(f"{'case':20} {'backend':11}" + "".join(f"{name:>14}" for name in TENSORS) + "   repeats  waits  adds")
     rows = []
     for case in cases(args.tokens):
         for row in check(case, backends):
             ratios = "".join(f"{ratio:14.3f}" for ratio in row["of_plain"].values())  # type: ignore[attr-defined]
-            passed = f"{row['repeats']!s:7}  {row['waits']!s:5}{'' if row['good'] else '  FAILED'}"
+            adds = "-" if row["adds"] is None else row["adds"]
+            passed = f"{row['repeats']!s:7}  {row['waits']!s:5}  {adds!s:5}{'' if row['good'] else '  FAILED'}"
             print(f"{case.name:20} {row['backend']:11}{ratios}   {passed}", flush=True)
             rows.append(row)
     print(f"{'case':20} {'router':11}" + "".join(f"{name:>14}" for name in ROUTER_ALLOWED) + "   sorted")

@@ -122,21 +122,30 @@ def routed_experts(
     down_proj: Tensor,
     backend: str,
     valid: Tensor | None = None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Route, compute and combine on one device: x (T, H), expert_indices and fp32 weights (T, K) -> (T, H).
 
     Padding tokens (`valid` (T,) False) come out as zero and receive no gradient. Backends and errors are those of
-    `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels. FUSED ones allow one backward pass only.
+    `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels. FUSED ones allow one backward pass only, and
+    add the gradients of gate_up_proj and down_proj to `sums`, float32 tensors of their shapes, where given: these
+    parameters then get none.
     """
     if backend == "megablocks":
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
         return megablocks.dropless_experts(x, expert_indices, weights, gate_up_proj, down_proj, valid)
     permutation = sort_by_expert(expert_indices, gate_up_proj.shape[0], valid)
-    return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, backend)
+    return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, backend, sums)
 
 
 def permuted_experts(
-    x: Tensor, weights: Tensor, permutation: Permutation, gate_up_proj: Tensor, down_proj: Tensor, backend: str
+    x: Tensor,
+    weights: Tensor,
+    permutation: Permutation,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    backend: str,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `routed_experts`, of choices that are sorted already; those of experts elsewhere have no row."""
     if backend != "loop":
@@ -144,7 +153,7 @@ def permuted_experts(
     if backend in FUSED:
         weight_of_row = weights.detach().flatten()[permutation.slot_of_row].float()
         places = permutation.token_of_row, weight_of_row, permutation.row_of_slot
-        return _fused(x, weights, places, permutation.bounds, gate_up_proj, down_proj, backend)
+        return _fused(x, weights, places, permutation.bounds, gate_up_proj, down_proj, backend, sums)
     rows = gather_rows(x, permutation)
     rows = expert_mlp(rows, gate_up_proj, down_proj, permutation.tokens_per_expert, backend, zero_tail=False)
     return combine_rows(rows, weights, permutation)
@@ -176,11 +185,13 @@ def _fused(
     gate_up_proj: Tensor,
     down_proj: Tensor,
     backend: str,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`places`: of rows their tokens and weights, of slots their rows; none where x are the rows, and sorted."""
     from moe.kernels.fused import experts  # needs Triton, which other backends do without
 
-    return experts(x.contiguous(), weights, *places, bounds, gate_up_proj, down_proj, backend)[0]
+    w1_sum, w2_sum = sums or (None, None)
+    return experts(x.contiguous(), weights, *places, bounds, gate_up_proj, down_proj, w1_sum, w2_sum, backend)[0]
 
 
 def _grouped_mm_mlp(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def experts(
     bounds: Tensor,
     w1: Tensor,
     w2: Tensor,
+    w1_sum: Tensor | None,
+    w2_sum: Tensor | None,
     products: str,
 ) -> tuple[Tensor, Tensor]:
     """The SwiGLU experts w1 (E, 2, I, H), w2 (E, H, I), expert e on rows bounds[e] to bounds[e + 1].
@@ -37,6 +39,9 @@ def experts(
     times `weights` (T, K); weight_of_row (N,) float32 holds these by row, for the backward pass, and gets no gradient.
     Without, x (N, H) are the rows, and so is the result, undefined after bounds[-1]. Also returns the gate and up
     projections (N, 2 I), for the backward pass. `products`: "triton" or "quack".
+
+    With `w1_sum` and `w2_sum`, float32, the backward pass adds the weights' gradients to them, unrounded, and w1 and w2
+    get none.
     """
     compute = _products(products)
     rows = Rows(bounds, len(x if token_of_row is None else token_of_row), token_of_row, weight_of_row)
@@ -60,20 +65,25 @@ def experts_backward(
     bounds: Tensor,
     w1: Tensor,
     w2: Tensor,
+    w1_sum: Tensor | None,
+    w2_sum: Tensor | None,
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `experts` for the rows (N, H) of x, for weights (empty without), w1 and w2.
+    """Gradients of `experts` for the rows (N, H) of x, for weights (empty without), w1 and w2 (empty with sums).
 
-    `h` is used up: its memory takes its gradient. Nothing else reads it, so the operator does not declare that, which
-    would have compilers copy it. Rows are summed outside, so that compiled code has given h back by then.
+    `h` is used up: its memory takes its gradient. Nothing else reads it, and nothing in the same graph the sums, so the
+    operator does not declare that, which would have compilers copy them. Rows are summed outside, so that compiled
+    code has given h back by then.
     """
     compute = _products(products)
     rows = Rows(bounds, len(h), token_of_row, weight_of_row)
+    sums = None if w1_sum is None or w2_sum is None else (w1_sum, w2_sum)
     if not rows.total:
         no_weights = x.new_empty(0, dtype=torch.float32)
-        dweights, dw1, dw2 = (torch.zeros_like(t) for t in (no_weights if weights is None else weights, w1, w2))
+        dweights = torch.zeros_like(no_weights if weights is None else weights)
+        dw1, dw2 = (w.new_zeros(_grad_shape(w, w1_sum)) for w in (w1, w2))
         return x.new_empty(0, x.shape[1]), dweights, dw1, dw2
-    dx, dweight, dw1, dw2 = compute.backward(dy.contiguous(), h, x, rows, w1, w2)
+    dx, dweight, dw1, dw2 = compute.backward(dy.contiguous(), h, x, rows, w1, w2, sums)
     if row_of_slot is None or weights is None:
         return dx, dweight, dw1, dw2
     dweights = torch.where(row_of_slot < bounds[-1], dweight[row_of_slot.clamp(max=rows.total - 1)], 0)
@@ -94,9 +104,14 @@ def _(x: Tensor, weights: Tensor | None, token_of_row: Tensor | None, *rest: Any
 
 @experts_backward.register_fake
 def _(dy: Tensor, h: Tensor, x: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w1, w2 = rest[4:6]
+    w1, w2, w1_sum = rest[4:7]
     dweights = x.new_empty(0, dtype=torch.float32) if weights is None else torch.empty_like(weights)
-    return x.new_empty(h.shape[0], x.shape[1]), dweights, torch.empty_like(w1), torch.empty_like(w2)
+    dw1, dw2 = (w.new_empty(_grad_shape(w, w1_sum)) for w in (w1, w2))
+    return x.new_empty(h.shape[0], x.shape[1]), dweights, dw1, dw2
+
+
+def _grad_shape(weight: Tensor, total: Tensor | None) -> torch.Size:
+    return weight.shape if total is None else torch.Size([0])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -108,14 +123,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     h, x, weights, *rest = ctx.saved_tensors
-    row_of_slot, bounds = rest[2:4]
+    row_of_slot, bounds, w1_sum = rest[2], rest[3], rest[6]
     if dy is None:
-        return (None,) * 9
+        return (None,) * 11
     dx, dweights, dw1, dw2 = experts_backward(dy, h, x, weights, *rest, ctx.products)
     torch.autograd.graph.increment_version(h)  # a second backward pass over the same graph raises
     if row_of_slot is not None:
         dx = sum_rows(dx, row_of_slot, bounds, None)
-    return dx, None if weights is None else dweights, None, None, None, None, dw1, dw2, None
+    of_weights = (dw1, dw2) if w1_sum is None else (None, None)
+    return dx, None if weights is None else dweights, *(None,) * 4, *of_weights, *(None,) * 3
 
 
 experts.register_autograd(_backward, setup_context=_keep)

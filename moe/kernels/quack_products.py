@@ -41,31 +41,36 @@ def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     return y
 
 
-def backward(dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor, sums: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, ...]:
     """dy (T, H), the gradient of the weighted sums -> those of the rows of x (N, H), of their weights (N,) where they
-    have any, of w1 and of w2. Overwrites h."""
+    have any, of w1 and of w2; with float32 `sums`, those two are added to these, and come back empty. Overwrites h."""
     weighted, order = rows.weight is not None, heaviest_first(rows.bounds)
-    a, dw1, dw2 = h.new_empty(rows.total, w2.shape[2]), torch.empty_like(w1), torch.empty_like(w2)
+    a = h.new_empty(rows.total, w2.shape[2])
+    dw1, dw2 = sums or (w1.new_empty(w1.shape), w2.new_empty(w2.shape))
     dweight = _quack().gated_backward(  # h is its own gradient from here on
         dy, w2, h, h, a, colvec_scale=rows.weight, colvec_reduce=weighted, cu_seqlens_m=rows.bounds, A_idx=rows.token,
         dynamic_scheduler=False, config=_tile(128, 128, pingpong=True),
     )  # fmt: skip
-    _weight_gradient(dy, a, rows, order, dw2)
+    _weight_gradient(dy, a, rows, order, dw2, add_to_output=bool(sums))
     del a
-    _weight_gradient(x, h, rows, order, dw1.flatten(1, 2).mT, concat_layout=("out",))
+    dw1_of_h = dw1.view(len(w1), -1, x.shape[1]).mT
+    _weight_gradient(x, h, rows, order, dw1_of_h, add_to_output=bool(sums), concat_layout=("out",))
     dx, tile = x.new_empty(rows.total, x.shape[1]), _tile(192, 128, pingpong=True, shared="rows")
     _quack().plain(h, w1.flatten(1, 2), dx, cu_seqlens_m=rows.bounds, config=tile, concat_layout=("B",))
-    return dx, dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw1, dw2
+    dweight = dweight if weighted else dy.new_empty(0, dtype=torch.float32)
+    return dx, dweight, *((w1.new_empty(0), w2.new_empty(0)) if sums else (dw1, dw2))
 
 
-def _weight_gradient(tokens: Tensor, grad: Tensor, rows: Rows, order: Tensor, out: Tensor, **layout: Any) -> None:
+def _weight_gradient(tokens: Tensor, grad: Tensor, rows: Rows, order: Tensor, out: Tensor, **options: Any) -> None:
     """out (E, H, columns) = each expert's rows of `tokens` (T, H), transposed, by those of `grad` (N, columns).
 
     An expert's tiles take as long as it has rows: whichever multiprocessor is free takes the next, heaviest first.
     """
     _quack().plain(
         tokens.T, grad, out, cu_seqlens_k=rows.bounds, A_idx=rows.token, config=_tile(256, 192, shared=None, band=2),
-        batch_idx_permute=order, dynamic_scheduler=True, **layout,
+        batch_idx_permute=order, dynamic_scheduler=True, **options,
     )  # fmt: skip
 
 

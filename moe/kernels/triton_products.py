@@ -3,10 +3,13 @@
 torch's grouped_mm is as fast on plain rows as our own product was, and its weight gradients are faster than with the
 gather inside (docs/performance.md), so in the backward pass rows are gathered for it.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from moe.kernels.rows import Rows, swiglu_backward
@@ -23,18 +26,37 @@ def down(a: Tensor, rows: Rows, w2: Tensor) -> Tensor:
     return F.grouped_mm(a, w2.transpose(1, 2), offs=rows.ends)
 
 
-def backward(dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+def backward(
+    dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor, sums: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, ...]:
     """dy (T, H), the gradient of the weighted sums -> those of the rows of x (N, H), of their weights (N,) where they
-    have any, of w1 and of w2. Overwrites h."""
+    have any, of w1 and of w2; with float32 `sums`, those two are added to these, and come back empty. Overwrites h."""
     dy = _gather(dy, rows)
     a = F.grouped_mm(dy, w2, offs=rows.ends)  # its gradient, which the next line turns into a times the weight
     dweight = swiglu_backward(h, a, rows.weight, rows.bounds)  # h is its own gradient from here on
-    dw2 = F.grouped_mm(dy.t(), a, offs=rows.ends)
+    dw2 = _added(F.grouped_mm(dy.t(), a, offs=rows.ends), sums and sums[1])
     del dy, a
-    dw1 = F.grouped_mm(h.t(), _gather(x, rows), offs=rows.ends).view_as(w1)
+    dw1 = _added(F.grouped_mm(h.t(), _gather(x, rows), offs=rows.ends).view_as(w1), sums and sums[0])
     return F.grouped_mm(h, w1.flatten(1, 2), offs=rows.ends), dweight, dw1, dw2
 
 
 def _gather(x: Tensor, rows: Rows) -> Tensor:
     """(T, H) -> (N, H)."""
     return x if rows.token is None else x.index_select(0, rows.token)
+
+
+def _added(part: Tensor, total: Tensor | None) -> Tensor:
+    """`part` where there is no total; else it is added to that, and nothing (empty) is left of it."""
+    if total is None:
+        return part
+    block = 1024
+    _add[(triton.cdiv(part.numel(), block),)](total, part, part.numel(), BLOCK=block)
+    return part.new_empty(0)
+
+
+@triton.jit
+def _add(total, part, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    added = tl.load(total + at, mask=inside, other=0) + tl.load(part + at, mask=inside, other=0).to(tl.float32)
+    tl.store(total + at, added, mask=inside)

@@ -66,6 +66,9 @@ class GroupedExperts(nn.Module):
         self.backend = backend
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.gradient_sums: tuple[Tensor, Tensor] | None = None
+        """Float32 sums of gate_up_proj's and down_proj's gradients, this rank's part, where fused experts are to add a
+        backward pass's to those of passes before it; no gradients then come out."""
 
     def forward(self, x: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
         """`Visitors` -> (M, H), the gated sum of the experts here."""
@@ -74,12 +77,14 @@ class GroupedExperts(nn.Module):
             nothing = x * weights.sum(dim=1, keepdim=True).to(x.dtype)
             needs_grad = torch.is_grad_enabled() and gate_up_proj.requires_grad
             return nothing.requires_grad_() if needs_grad and not nothing.requires_grad else nothing
-        return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, self.backend)
+        return permuted_experts(x, weights, permutation, gate_up_proj, down_proj, self.backend, self.gradient_sums)
 
     def route(self, x: Tensor, routing: Routing, valid: Tensor) -> Tensor:
         """(N, H) tokens, all of whose experts are here -> (N, H), the gated sum; zero where not `valid` (N,)."""
         weights = local(self.gate_up_proj), local(self.down_proj)
-        return routed_experts(x, routing.expert_indices, routing.weights, *weights, self.backend, valid)
+        return routed_experts(
+            x, routing.expert_indices, routing.weights, *weights, self.backend, valid, self.gradient_sums
+        )
 
 
 class MoE(nn.Module):

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from moe.config.schema import ParallelConfig, RuntimeConfig
 from moe.kernels.experts import FUSED
 from moe.model import Block, MoE, Transformer
-from moe.model.experts import local
+from moe.model.experts import GroupedExperts, local
 from moe.model.router import TopKRouter
 from moe.parallel.exchange import ExchangeDispatcher
 from moe.parallel.tensor import split_statistics, split_tensors
@@ -145,6 +145,7 @@ def _shard(
         _compile_gradient_sums(model)
     if world.layout.replicate == 1:
         _keep_gradients_of_one_rank(model)
+    _sum_gradients_in_products(model)
     _prefetch(model)
 
 
@@ -221,6 +222,26 @@ def _hand_over_gradient(parameter: Any) -> None:
         local(parameter.sharded_param.grad).add_(own)
     else:
         parameter.sharded_param.grad = parameter.to_sharded_dtensor(own)
+
+
+def _sum_gradients_in_products(model: Transformer) -> None:
+    """From a step's second micro-batch on fused experts add their weights' gradients to the sums as they compute them:
+    these are not rounded to the compute dtype, written and read again."""
+    for group in _fsdp_groups(model):
+        for experts in {parameter._module_info.module for parameter in group.fsdp_params}:
+            if isinstance(experts, GroupedExperts) and experts.backend in FUSED:
+                group.post_backward = partial(_lend_sums, group, experts, group.post_backward)
+
+
+def _lend_sums(group: Any, experts: GroupedExperts, accumulate_or_reduce: Callable[..., None], *unused: Any) -> None:
+    accumulate_or_reduce()
+    sums = {
+        parameter._module_info.param_name: parameter.unsharded_accumulated_grad
+        for parameter in group.fsdp_params
+        if parameter._module_info.module is experts
+    }
+    gate_up, down = sums["gate_up_proj"], sums["down_proj"]
+    experts.gradient_sums = None if gate_up is None or down is None else (local(gate_up), local(down))
 
 
 def _mend_empty_share(experts: nn.Module) -> None:

@@ -157,6 +157,40 @@ def test_second_backward_pass_is_refused() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_gradients_are_added_to_sums(dtype: torch.dtype, compiled: bool) -> None:
+    """Where sums are given these are what they were plus the gradients, and the weights get none."""
+    leaves = make_leaves(30, 2, 5, 24, 16, dtype)
+    generator = torch.Generator().manual_seed(3)
+    experts, valid = torch.randint(4, (30, 2), generator=generator), torch.rand(30, generator=generator) < 0.7
+    grad = torch.randn(leaves[0].shape, generator=generator).to(dtype)
+    x, weights, *expected = gradients_of(routed_experts(leaves[0], experts, *leaves[1:], "triton", valid), leaves, grad)
+    before = [torch.randn(weight.shape, generator=generator) for weight in leaves[2:]]
+    sums = (before[0].clone(), before[1].clone())
+    layer = torch.compile(routed_experts, fullgraph=True, backend="aot_eager") if compiled else routed_experts
+    found = gradients_of(layer(leaves[0], experts, *leaves[1:], "triton", valid, sums), leaves, grad)
+    assert found[2:] == [None, None]
+    assert torch.equal(found[0], x)
+    assert torch.equal(found[1], weights)
+    for total, old, part in zip(sums, before, expected, strict=True):
+        assert torch.equal(total, old + part.float())
+        assert not torch.equal(total, old)
+
+
+def gradients_of(out: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(out, leaves, grad, allow_unused=True))
+
+
+def test_no_rows_leave_sums_as_they_are() -> None:
+    x, weights, gate_up, down = make_leaves(0, 3, 4, 24, 16, torch.float16)
+    sums = (torch.ones(gate_up.shape), torch.ones(down.shape))
+    out = routed_experts(x, torch.zeros(0, 3, dtype=torch.int64), weights, gate_up, down, "triton", None, sums)
+    grads = gradients_of(out, [x, weights, gate_up, down], torch.zeros_like(out))
+    assert grads[2:] == [None, None]
+    assert all((total == 1).all() for total in sums)
+
+
 def test_compiles_without_graph_breaks_for_any_number_of_tokens() -> None:
     compiled = torch.compile(routed_experts, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (9, 14):

@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
-    kernels = Path(__file__).with_name("interpreted_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(kernels)]
+    here = Path(__file__).parent
+    files = [here / "interpreted_kernels.py", here.with_name("parallel") / "interpreted_sums.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
