@@ -128,9 +128,10 @@ def routed_experts(
 
     Padding tokens (`valid` (T,) False) come out as zero and receive no gradient. Backends and errors are those of
     `expert_mlp`; "megablocks" also permutes with MegaBlocks' own kernels. FUSED ones allow one backward pass only, and
-    add the gradients of gate_up_proj and down_proj to `sums`, float32 tensors of their shapes, where given: these
-    parameters then get none.
+    add the gradients of gate_up_proj and down_proj to `sums`, contiguous float32 tensors of their shapes, where given:
+    these parameters then get none. ValueError for other sums, and for sums with other backends.
     """
+    _check_sums(sums, (gate_up_proj, down_proj), backend)
     if backend == "megablocks":
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
         return megablocks.dropless_experts(x, expert_indices, weights, gate_up_proj, down_proj, valid)
@@ -148,6 +149,7 @@ def permuted_experts(
     sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `routed_experts`, of choices that are sorted already; those of experts elsewhere have no row."""
+    _check_sums(sums, (gate_up_proj, down_proj), backend)
     if backend != "loop":
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
     if backend in FUSED:
@@ -220,6 +222,19 @@ def _fastest(device: torch.device, dtype: torch.dtype, widths: Iterable[int]) ->
         return "loop"
     fused = [name for name in reversed(FUSED) if _is_installed(name)] if _is_hopper(device) else []
     return fused[0] if fused else "grouped_mm"
+
+
+def _check_sums(sums: tuple[Tensor, Tensor] | None, weights: tuple[Tensor, Tensor], backend: str) -> None:
+    if sums is None:
+        return
+    if backend not in FUSED:
+        raise ValueError(f"expert backend {backend!r} adds to no sums: {' and '.join(FUSED)} do")
+    for total, weight in zip(sums, weights, strict=True):
+        if total.shape != weight.shape or total.dtype != torch.float32 or not total.is_contiguous():
+            raise ValueError(
+                f"sums must be contiguous float32 tensors of the weights' shapes: for {tuple(weight.shape)} not "
+                f"{total.dtype} {tuple(total.shape)} with strides {total.stride()}"
+            )
 
 
 def _check_grouped(backend: str, dtype: torch.dtype, widths: Iterable[int]) -> None:

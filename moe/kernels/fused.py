@@ -40,8 +40,8 @@ def experts(
     Without, x (N, H) are the rows, and so is the result, undefined after bounds[-1]. Also returns the gate and up
     projections (N, 2 I), for the backward pass. `products`: "triton" or "quack".
 
-    With `w1_sum` and `w2_sum`, float32, the backward pass adds the weights' gradients to them, unrounded, and w1 and w2
-    get none.
+    With `w1_sum` and `w2_sum`, float32 tensors of the weights' shapes, the backward pass adds the weights' gradients to
+    them, and w1 and w2 get none.
     """
     compute = _products(products)
     rows = Rows(bounds, len(x if token_of_row is None else token_of_row), token_of_row, weight_of_row)
@@ -71,9 +71,10 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `experts` for the rows (N, H) of x, for weights (empty without), w1 and w2 (empty with sums).
 
-    `h` is used up: its memory takes its gradient. Nothing else reads it, and nothing in the same graph the sums, so the
-    operator does not declare that, which would have compilers copy them. Rows are summed outside, so that compiled
-    code has given h back by then.
+    `h` is used up, its memory takes its gradient, and sums are added to. No graph reads either afterwards, so the
+    operator does not declare that: compilers would copy them. They drop the operator where neither x nor weights need a
+    gradient, and let a second backward pass spoil the sums. Rows are summed outside, so that compiled code has given h
+    back by then.
     """
     compute = _products(products)
     rows = Rows(bounds, len(h), token_of_row, weight_of_row)
@@ -84,6 +85,8 @@ def experts_backward(
         dw1, dw2 = (w.new_zeros(_grad_shape(w, w1_sum)) for w in (w1, w2))
         return x.new_empty(0, x.shape[1]), dweights, dw1, dw2
     dx, dweight, dw1, dw2 = compute.backward(dy.contiguous(), h, x, rows, w1, w2, sums)
+    if sums:
+        dw1, dw2 = w1.new_empty(0), w2.new_empty(0)
     if row_of_slot is None or weights is None:
         return dx, dweight, dw1, dw2
     dweights = torch.where(row_of_slot < bounds[-1], dweight[row_of_slot.clamp(max=rows.total - 1)], 0)
@@ -104,7 +107,7 @@ def _(x: Tensor, weights: Tensor | None, token_of_row: Tensor | None, *rest: Any
 
 @experts_backward.register_fake
 def _(dy: Tensor, h: Tensor, x: Tensor, weights: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w1, w2, w1_sum = rest[4:7]
+    *_, w1, w2, w1_sum, _, _ = rest
     dweights = x.new_empty(0, dtype=torch.float32) if weights is None else torch.empty_like(weights)
     dw1, dw2 = (w.new_empty(_grad_shape(w, w1_sum)) for w in (w1, w2))
     return x.new_empty(h.shape[0], x.shape[1]), dweights, dw1, dw2
@@ -122,11 +125,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    h, x, weights, *rest = ctx.saved_tensors
-    row_of_slot, bounds, w1_sum = rest[2], rest[3], rest[6]
+    h, *inputs = ctx.saved_tensors
+    _, weights, _, _, row_of_slot, bounds, _, _, w1_sum, _ = inputs
     if dy is None:
         return (None,) * 11
-    dx, dweights, dw1, dw2 = experts_backward(dy, h, x, weights, *rest, ctx.products)
+    dx, dweights, dw1, dw2 = experts_backward(dy, h, *inputs, ctx.products)
     torch.autograd.graph.increment_version(h)  # a second backward pass over the same graph raises
     if row_of_slot is not None:
         dx = sum_rows(dx, row_of_slot, bounds, None)

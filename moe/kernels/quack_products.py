@@ -45,7 +45,7 @@ def backward(
     dy: Tensor, h: Tensor, x: Tensor, rows: Rows, w1: Tensor, w2: Tensor, sums: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, ...]:
     """dy (T, H), the gradient of the weighted sums -> those of the rows of x (N, H), of their weights (N,) where they
-    have any, of w1 and of w2; with float32 `sums`, those two are added to these, and come back empty. Overwrites h."""
+    have any, of w1 and of w2; with float32 `sums` these two are added to them instead. Overwrites h."""
     weighted, order = rows.weight is not None, heaviest_first(rows.bounds)
     a = h.new_empty(rows.total, w2.shape[2])
     dw1, dw2 = sums or (w1.new_empty(w1.shape), w2.new_empty(w2.shape))
@@ -59,8 +59,7 @@ def backward(
     _weight_gradient(x, h, rows, order, dw1_of_h, add_to_output=bool(sums), concat_layout=("out",))
     dx, tile = x.new_empty(rows.total, x.shape[1]), _tile(192, 128, pingpong=True, shared="rows")
     _quack().plain(h, w1.flatten(1, 2), dx, cu_seqlens_m=rows.bounds, config=tile, concat_layout=("B",))
-    dweight = dweight if weighted else dy.new_empty(0, dtype=torch.float32)
-    return dx, dweight, *((w1.new_empty(0), w2.new_empty(0)) if sums else (dw1, dw2))
+    return dx, dweight if weighted else dy.new_empty(0, dtype=torch.float32), dw1, dw2
 
 
 def _weight_gradient(tokens: Tensor, grad: Tensor, rows: Rows, order: Tensor, out: Tensor, **options: Any) -> None:

@@ -68,7 +68,8 @@ class GroupedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.gradient_sums: tuple[Tensor, Tensor] | None = None
         """Float32 sums of gate_up_proj's and down_proj's gradients, this rank's part, where fused experts are to add a
-        backward pass's to those of passes before it; no gradients then come out."""
+        backward pass's to those of passes before it; the parameters then get none. One forward pass at a time: its
+        backward pass must come before the next."""
 
     def forward(self, x: Tensor, weights: Tensor, permutation: Permutation) -> Tensor:
         """`Visitors` -> (M, H), the gated sum of the experts here."""

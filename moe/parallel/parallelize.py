@@ -225,8 +225,8 @@ def _hand_over_gradient(parameter: Any) -> None:
 
 
 def _sum_gradients_in_products(model: Transformer) -> None:
-    """From a step's second micro-batch on fused experts add their weights' gradients to the sums as they compute them:
-    these are not rounded to the compute dtype, written and read again."""
+    """From a step's second micro-batch on fused experts add their weights' gradients to FSDP2's sums themselves. QuACK
+    does so inside its products, which saves a pass over memory and a rounding to the compute dtype."""
     for group in _fsdp_groups(model):
         for experts in {parameter._module_info.module for parameter in group.fsdp_params}:
             if isinstance(experts, GroupedExperts) and experts.backend in FUSED:
@@ -234,6 +234,8 @@ def _sum_gradients_in_products(model: Transformer) -> None:
 
 
 def _lend_sums(group: Any, experts: GroupedExperts, accumulate_or_reduce: Callable[..., None], *unused: Any) -> None:
+    """After a micro-batch: to the next one, where there are any. What was lent to this one is taken back."""
+    experts.gradient_sums = None  # a reduction gives their memory back as soon as it can
     accumulate_or_reduce()
     sums = {
         parameter._module_info.param_name: parameter.unsharded_accumulated_grad
@@ -241,7 +243,8 @@ def _lend_sums(group: Any, experts: GroupedExperts, accumulate_or_reduce: Callab
         if parameter._module_info.module is experts
     }
     gate_up, down = sums["gate_up_proj"], sums["down_proj"]
-    experts.gradient_sums = None if gate_up is None or down is None else (local(gate_up), local(down))
+    if gate_up is not None and down is not None:
+        experts.gradient_sums = local(gate_up), local(down)
 
 
 def _mend_empty_share(experts: nn.Module) -> None:

@@ -58,7 +58,9 @@ class Session:
             process_group=world.group,
             device=world.device,
         )
-        self.step = self.first_step = 0
+        self.step = 0
+        self.compiled: set[bool] = set()
+        """False once a step has compiled, True once one of several micro-batches has."""
         self.validated_step = -1
         self.saved = (-1, -1)
         """Step and validated step of the newest checkpoint."""
@@ -163,9 +165,11 @@ class Session:
     def _advance(self) -> None:
         """One step and, where it is due, its log row."""
         train, batches = self.config.train, next(self.loader)
-        # the first step compiles, which waits for the device
-        with forbid_sync(self.world.device, self.config.runtime.detect_sync and self.step > self.first_step):
+        # compiling waits for the device
+        is_compiled = (len(batches) > 1) in self.compiled
+        with forbid_sync(self.world.device, self.config.runtime.detect_sync and is_compiled):
             self.trainer.step(self.step, batches)
+        self.compiled |= {False, len(batches) > 1}
         self.step += 1
         if self.step % train.log_interval == 0 or self.step == train.steps:
             self.log.row(self.rows.build(self.step))
@@ -240,7 +244,7 @@ class Session:
         if "cuda" in tensors["rng"]:
             torch.cuda.set_rng_state(tensors["rng"]["cuda"], self.world.device)
         self.loader.load_state_dict(state["data"], self.config.data.accept_change)
-        self.step = self.first_step = state["step"]
+        self.step = state["step"]
         self.validated_step = state["validated_step"]
         self.saved = (self.step, self.validated_step)
         self.rows.resume(self.step, state["elapsed_seconds"])

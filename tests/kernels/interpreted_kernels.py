@@ -182,6 +182,16 @@ def gradients_of(out: Tensor, leaves: list[Tensor], grad: Tensor) -> list[Tensor
     return list(torch.autograd.grad(out, leaves, grad, allow_unused=True))
 
 
+def test_sums_that_would_be_lost_are_refused() -> None:
+    leaves = make_leaves(9, 2, 3, 16, 16, torch.float16)
+    experts, good = torch.arange(18).view(9, 2) % 3, tuple(torch.zeros(weight.shape) for weight in leaves[2:])
+    for sums in ((good[1], good[0]), (good[0].half(), good[1]), (good[0], good[1].mT)):
+        with pytest.raises(ValueError, match="contiguous float32 tensors of the weights' shapes"):
+            routed_experts(leaves[0], experts, *leaves[1:], "triton", None, sums)
+    with pytest.raises(ValueError, match="'grouped_mm' adds to no sums"):
+        routed_experts(leaves[0], experts, *leaves[1:], "grouped_mm", None, good)
+
+
 def test_no_rows_leave_sums_as_they_are() -> None:
     x, weights, gate_up, down = make_leaves(0, 3, 4, 24, 16, torch.float16)
     sums = (torch.ones(gate_up.shape), torch.ones(down.shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,12 @@ PARALLELIZE = importlib.import_module("moe.parallel.parallelize")
 LAYOUTS = [Layout(shard=2), Layout(shard=2, expert=2), Layout(tensor=2)]
 
 
-def small_config(**parallel: Any) -> Config:
+def small_config(recompute: str = "none", **parallel: Any) -> Config:
     options = {"num_hidden_layers": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_device_groups": 4}
-    return config_of("float16", parallel=parallel, **options)
+    return config_of("float16", {"activation_checkpointing": recompute}, parallel, **options)
 
 
-def fused_model(config: Config, world: World, inside: bool) -> Transformer:
+def fused_model(config: Config, world: World, inside: bool, compiled: bool = False) -> Transformer:
     """With experts that add to sums, or that leave it to FSDP."""
     model = Transformer(config.model.build(), num_languages=LANGUAGES, expert_backend="triton", loss_chunk_size=64)
     initialise(model, config.model.initializer_range, seed=0)
@@ -35,6 +36,8 @@ def fused_model(config: Config, world: World, inside: bool) -> Transformer:
         if not inside:
             patch.setattr(PARALLELIZE, "_sum_gradients_in_products", lambda model: None)
         parallelize(model, world, torch.float16, config.runtime, config.parallel)
+    for mixture in model.moe_blocks() if compiled else ():
+        mixture.mix = torch.compile(mixture.mix, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
     return model
 
 
@@ -50,9 +53,9 @@ def step(model: Transformer, config: Config, world: World, parts: int) -> tuple[
     return {name: full(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}, lent
 
 
-def assert_same_sums(config: Config, world: World, *steps: int) -> None:
+def assert_same_sums(config: Config, world: World, *steps: int, compiled: bool = False) -> None:
     """In steps of as many micro-batches, sums taken inside the experts and outside are equal to the bit."""
-    inside, outside = (fused_model(config, world, inside) for inside in (True, False))
+    inside, outside = (fused_model(config, world, inside, compiled) for inside in (True, False))
     for parts in steps:
         (found, lent), (expected, never) = (step(model, config, world, parts) for model in (inside, outside))
         assert lent == [not config.parallel.reshard] * (parts - 1) + [False]
@@ -65,6 +68,25 @@ def assert_same_sums(config: Config, world: World, *steps: int) -> None:
 
 def test_gradients_are_the_same(world: World) -> None:
     assert_same_sums(small_config(), world, 4, 1, 2)
+
+
+def test_gradients_are_the_same_compiled(world: World) -> None:
+    assert_same_sums(small_config(), world, 1, 2, compiled=True)
+
+
+def test_gradients_are_the_same_recomputed(world: World) -> None:
+    assert_same_sums(small_config("full"), world, 2)
+
+
+def test_sums_are_given_back_before_they_are_reduced() -> None:
+    """Else their memory is held while the largest buffers of a step are."""
+    experts, seen = SimpleNamespace(gradient_sums=("lent", "lent")), []
+    names = ("gate_up_proj", "down_proj")
+    infos = [SimpleNamespace(module=experts, param_name=name) for name in names]
+    reduced = [SimpleNamespace(_module_info=info, unsharded_accumulated_grad=None) for info in infos]
+    PARALLELIZE._lend_sums(SimpleNamespace(fsdp_params=reduced), experts, lambda: seen.append(experts.gradient_sums))
+    assert seen == [None]
+    assert experts.gradient_sums is None
 
 
 def test_resharded_weights_have_no_sums(world: World) -> None:
