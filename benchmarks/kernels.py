@@ -127,7 +127,10 @@ def check(case: Case, backends: list[str]) -> list[dict[str, object]]:
     allowed = [ALLOWED * error for error in errors(passes(inputs, "loop"), exact)]
     rows = []
     for backend in backends:
-        for name, take in [(backend, passes)] + [(f"{backend}, sums", added_passes)] * (backend in FUSED):
+        kinds = {backend: passes}
+        if backend in FUSED:
+            kinds[f"{backend}, sums"] = added_passes
+        for name, take in kinds.items():
             found = errors(take(inputs, backend), exact)
             ratios = [
                 ALLOWED * f / a if a else (0.0 if f == 0 else float("inf")) for f, a in zip(found, allowed, strict=True)

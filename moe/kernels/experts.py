@@ -131,8 +131,8 @@ def routed_experts(
     add the gradients of gate_up_proj and down_proj to `sums`, contiguous float32 tensors of their shapes, where given:
     these parameters then get none. ValueError for other sums, and for sums with other backends.
     """
-    _check_sums(sums, (gate_up_proj, down_proj), backend)
     if backend == "megablocks":
+        _check_sums(sums, (gate_up_proj, down_proj), backend)
         _check_grouped(backend, x.dtype, gate_up_proj.shape[-2:])
         return megablocks.dropless_experts(x, expert_indices, weights, gate_up_proj, down_proj, valid)
     permutation = sort_by_expert(expert_indices, gate_up_proj.shape[0], valid)

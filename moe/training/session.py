@@ -59,8 +59,8 @@ class Session:
             device=world.device,
         )
         self.step = 0
-        self.compiled: set[bool] = set()
-        """False once a step has compiled, True once one of several micro-batches has."""
+        self.micro_batches_compiled = 0
+        """Of a step: none yet, the first, or the second as well, like which all others are."""
         self.validated_step = -1
         self.saved = (-1, -1)
         """Step and validated step of the newest checkpoint."""
@@ -165,11 +165,10 @@ class Session:
     def _advance(self) -> None:
         """One step and, where it is due, its log row."""
         train, batches = self.config.train, next(self.loader)
-        # compiling waits for the device
-        is_compiled = (len(batches) > 1) in self.compiled
-        with forbid_sync(self.world.device, self.config.runtime.detect_sync and is_compiled):
+        compiles = min(len(batches), 2) > self.micro_batches_compiled  # and waits for the device
+        with forbid_sync(self.world.device, self.config.runtime.detect_sync and not compiles):
             self.trainer.step(self.step, batches)
-        self.compiled |= {False, len(batches) > 1}
+        self.micro_batches_compiled = max(self.micro_batches_compiled, min(len(batches), 2))
         self.step += 1
         if self.step % train.log_interval == 0 or self.step == train.steps:
             self.log.row(self.rows.build(self.step))
