@@ -13,7 +13,7 @@ train: install
 	$(BIN)/python train.py
 
 test: install
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 prove: install
 	$(BIN)/python -m pytest -m "slow or not slow"

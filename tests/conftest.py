@@ -21,10 +21,7 @@ if os.environ.get("CI"):
 
 
 class FilesAndWorlds(LoadScopeScheduling):
-    """Whichever worker is free takes the next file, but one of them has all worlds, so that two never run at once.
-
-    Files go in order of their names, worlds first: by number of tests, the default, one long test would go last.
-    """
+    """Whichever worker is free takes the next file, but one of them has all worlds, so that two never run at once."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = PurePath(nodeid.partition("::")[0])
