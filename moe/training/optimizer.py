@@ -10,11 +10,59 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe.config.schema import OptimConfig, ScheduleConfig
+from moe.kernels import has_triton
 from moe.parallel import World, copies, local
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW, weight decay on matrices only; its state is allocated now, so that every checkpoint holds it."""
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW; on CUDA its step is a kernel of ours, which moves an eighth less memory and moves it faster.
+
+    As in torch's, `grad_scale` () is what gradients are divided by, and where `found_inf` () is 1 the step leaves
+    parameters, moments and step counts as they are, to the bit. Unlike torch's it leaves the gradients alone.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def has_kernel(self) -> bool:
+        return self.found_inf.is_cuda and has_triton()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if not self.has_kernel():
+            super().step()
+            return
+        from moe.kernels.adamw import adamw  # needs Triton
+
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            if not moved:  # a rank left without experts
+                continue
+            states = [self.state[p] for p in moved]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1 - self.found_inf)
+            corrections = bias_corrections(torch.stack(steps), group["betas"])
+            for parameter, state, correction in zip(moved, states, corrections, strict=True):
+                adamw(
+                    local(parameter),
+                    local(parameter.grad),
+                    local(state["exp_avg"]),
+                    local(state["exp_avg_sq"]),
+                    correction,
+                    self.grad_scale,
+                    self.found_inf,
+                    **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+                )
+
+
+def bias_corrections(steps: Tensor, betas: tuple[float, float]) -> Tensor:
+    """(n,) -> (n, 2): what the moments of a tensor after so many steps are too small by, of the second the root."""
+    first, second = (1 - beta ** steps.double() for beta in betas)
+    return torch.stack([first, second.sqrt()], dim=1).float()
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """Weight decay on matrices only; the optimizer's state is allocated now, so that every checkpoint holds it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     grouped: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter in parameters:  # one kernel launch takes tensors of one mesh
@@ -24,7 +72,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": members, "weight_decay": config.weight_decay if is_matrix else 0.0}
         for (_, is_matrix), members in grouped.items()
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -74,6 +122,6 @@ def gradient_norm(model: nn.Module, world: World) -> Tensor:
 
 
 def clipping_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of this norm are to be divided by for one of at most `max_norm`; AdamW's kernel does that in
-    passing (`grad_scale`)."""
+    """What gradients of this norm are to be divided by for one of at most `max_norm`; AdamW does that in passing
+    (`grad_scale`)."""
     return ((norm + 1e-6) / max_norm).clamp(min=1.0)

@@ -80,9 +80,8 @@ class Trainer:
         keep = self.guard.judge(self.sums.cross_entropy / num_labels, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config.train.steps, optim.lr, optim.schedule)
-        self.optimizer.grad_scale = clipping_scale(norm, optim.max_grad_norm)  # type: ignore[attr-defined]
-        # the fused kernel leaves parameters, moments and step counts bitwise alone when found_inf is 1
-        self.optimizer.found_inf = 1 - keep  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = clipping_scale(norm, optim.max_grad_norm)
+        self.optimizer.found_inf = 1 - keep
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.mixtures and self.model.config.bias_update_speed > 0:

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
-    here = Path(__file__).parent
-    files = [here / "interpreted_kernels.py", here.with_name("parallel") / "interpreted_sums.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    tests = Path(__file__).parents[1]
+    files = ["kernels/interpreted_kernels.py", "parallel/interpreted_sums.py", "training/interpreted_optimizer.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(tests / file) for file in files)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]

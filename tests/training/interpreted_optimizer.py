@@ -1,0 +1,126 @@
+"""AdamW by its own kernel, in Triton's interpreter, on the CPU; run by tests/kernels/test_interpreted.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe.config.schema import OptimConfig
+from moe.kernels import adamw
+from moe.training.optimizer import AdamW, build_optimizer
+
+SHAPES = [(1,), (7,), (64,), (5, 40), (3, 64), (2, 3, 65)]
+TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "BLOCK", 64)
+    monkeypatch.setattr(AdamW, "has_kernel", lambda optimizer: True)
+
+
+def model_of(shapes: list[tuple[int, ...]] = SHAPES) -> nn.ParameterList:
+    generator = torch.Generator().manual_seed(0)
+    return nn.ParameterList(nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes)
+
+
+def gradients(step: int, model: nn.ParameterList) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step + 1)
+    return [torch.randn(p.shape, generator=generator) * 10.0 ** (index - 3) for index, p in enumerate(model)]
+
+
+def move(optimizer: AdamW, model: nn.ParameterList, step: int, divisor: float = 1.0, skip: Tensor = TAKEN) -> None:
+    for parameter, gradient in zip(model, gradients(step, model), strict=True):
+        parameter.grad = gradient
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(divisor), skip
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3 * (step + 1)
+    optimizer.step()
+
+
+def everything(optimizer: AdamW, model: nn.ParameterList) -> list[Tensor]:
+    return [t.detach().clone() for p in model for t in (p, *optimizer.state[p].values())]
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.8, 0.999)])
+def test_steps_are_those_of_float64(betas: tuple[float, float]) -> None:
+    model, exact = model_of(), model_of().double()
+    config = OptimConfig(beta1=betas[0], beta2=betas[1])
+    optimizer = build_optimizer(model, config)
+    matrices, vectors = [p for p in exact if p.dim() > 1], [p for p in exact if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    for step in range(6):
+        divisor = 1.0 + step % 3
+        move(optimizer, model, step, divisor)
+        for group in reference.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        for parameter, gradient in zip(exact, gradients(step, exact), strict=True):
+            parameter.grad = gradient.double() / divisor
+        reference.step()
+    for own, wanted in zip(model, exact, strict=True):
+        torch.testing.assert_close(own.double(), wanted, rtol=0, atol=5e-7)
+        for name, moment in reference.state[wanted].items():
+            size = moment.double().square().mean().sqrt().item()
+            torch.testing.assert_close(
+                optimizer.state[own][name].double() / size, moment.double() / size, rtol=0, atol=2e-6
+            )
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    model = model_of()
+    move(build_optimizer(model, OptimConfig()), model, 0, divisor=4.0)
+    for parameter, gradient in zip(model, gradients(0, model), strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_skipped_step_changes_nothing_to_the_bit() -> None:
+    model = model_of()
+    optimizer = build_optimizer(model, OptimConfig())
+    for step in range(2):
+        move(optimizer, model, step)
+        before = everything(optimizer, model)
+        move(optimizer, model, 9, divisor=torch.nan, skip=SKIPPED)
+        assert all(map(torch.equal, everything(optimizer, model), before))
+
+
+def test_a_skipped_step_does_not_count() -> None:
+    models = model_of(), model_of()
+    first, second = (build_optimizer(model, OptimConfig()) for model in models)
+    move(first, models[0], 9, skip=SKIPPED)
+    for optimizer, model in zip((first, second), models, strict=True):
+        move(optimizer, model, 0)
+    assert all(map(torch.equal, everything(first, models[0]), everything(second, models[1])))
+
+
+def test_what_has_no_gradient_or_no_elements_stays() -> None:
+    model = model_of([(4,), (0, 8), (8,), (2, 2)])
+    optimizer = build_optimizer(model, OptimConfig())
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    model[0].grad, model[1].grad = torch.ones(4), torch.ones(0, 8)
+    before = everything(optimizer, model)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), TAKEN
+    optimizer.step()
+    changed = [not torch.equal(a, b) for a, b in zip(everything(optimizer, model), before, strict=True)]
+    step_alone = [False, True, False, False]
+    assert changed == [True] * 4 + step_alone + [False] * 8
+
+
+def test_a_layout_of_its_own_is_kept_and_another_refused() -> None:
+    transposed, plain = nn.Parameter(torch.ones(8, 16).T), nn.Parameter(torch.ones(16, 8))
+    gradient = torch.randn(16, 8)
+    for parameter in (transposed, plain):
+        model = nn.ParameterList([parameter])
+        optimizer = build_optimizer(model, OptimConfig())
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), TAKEN
+        optimizer.step()
+    assert torch.equal(transposed, plain)
+    assert transposed.stride() == (1, 16)
+    transposed.grad = gradient
+    optimizer = build_optimizer(nn.ParameterList([transposed]), OptimConfig())
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), TAKEN
+    with pytest.raises(ValueError, match="laid out alike"):
+        optimizer.step()
