@@ -40,7 +40,7 @@ class AdamW(torch.optim.AdamW):
                 continue
             states = [self.state[p] for p in moved]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1 - self.found_inf)
+            torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))  # of one tensor it asks for the value
             corrections = bias_corrections(torch.stack(steps), group["betas"])
             for parameter, state, correction in zip(moved, states, corrections, strict=True):
                 adamw(
