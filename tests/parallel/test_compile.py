@@ -45,6 +45,8 @@ def test_only_static_shapes_are_compiled_and_results_stay(
     assert_all_close(gradients(compiled), gradients(plain), 1e-5)
     operators = set().union(*recorder.graphs)
     assert {"scaled_dot_product_attention", "log_softmax", "expm1", "silu"} <= operators
+    last_norm = [graph for graph in recorder.graphs if "rms_norm" in graph and len(graph) < 6]
+    assert len(last_norm) == 1
     assert operators.isdisjoint({"topk", "grouped_mm", "_grouped_mm", "sort", "searchsorted", "index_select"})
     compiled_once = len(recorder.graphs)
     accumulate(compiled, [ragged_batch(seed=1)])
