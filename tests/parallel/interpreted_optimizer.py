@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from parallel_helpers import build_trainer, config_of, ragged_batch, split, state
 from torch import Tensor, nn
+from worlds import play
 
 from moe.config.schema import OptimConfig
 from moe.kernels import adamw
+from moe.parallel import Layout, build_world
 from moe.training.optimizer import AdamW, build_optimizer
 
 SHAPES = [(1,), (7,), (64,), (5, 40), (3, 64), (2, 3, 65)]
+LAYOUTS = [Layout(shard=2, expert=2), Layout(tensor=2)]
 TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 
 
@@ -124,3 +130,26 @@ def test_a_layout_of_its_own_is_kept_and_another_refused() -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), TAKEN
     with pytest.raises(ValueError, match="laid out alike"):
         optimizer.step()
+
+
+def two_steps(world_of: Layout, own_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    world = build_world(world_of, torch.device("cpu"))
+    assert world is not None
+    monkeypatch.setattr(AdamW, "has_kernel", lambda optimizer: own_kernel)
+    trainer = build_trainer(config_of(num_hidden_layers=2, n_routed_experts=5, num_experts_per_tok=2), world)
+    for step in range(2):
+        trainer.step(step, [split(ragged_batch(step), world.layout.data)[world.data_rank]])
+    return state(trainer)
+
+
+def play_layouts(rank: int, root: Path) -> None:
+    for layout in LAYOUTS:
+        with pytest.MonkeyPatch.context() as patch:
+            own, torchs = (two_steps(layout, own_kernel, patch) for own_kernel in (True, False))
+        assert own.keys() == torchs.keys()
+        for name, tensor in torchs.items():
+            torch.testing.assert_close(own[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_layouts_of_two_ranks(tmp_path: Path) -> None:
+    assert play({"layouts": play_layouts}, tmp_path, world_size=2, patience=300) == {"layouts": ["", ""]}
