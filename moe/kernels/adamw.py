@@ -27,15 +27,16 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of `parameter` and its moments, in place; all four float32 and laid out alike in one piece of memory.
+    """One step of `parameter` and its moments, in place; all four float32, contiguous and of one shape.
 
     On the device, so that the host need not wait: `corrections` (2,) float32, 1 - beta1 ** t and the root of 1 - beta2
     ** t at step t; `divisor` (), which the gradient is divided by; `skip` (), where not 0 nothing is touched.
-    Raises ValueError for other dtypes and layouts.
+    Raises ValueError for others.
     """
     tensors = parameter, gradient, exp_avg, exp_avg_sq
-    if any(t.dtype != torch.float32 or t.stride() != parameter.stride() or t.shape != parameter.shape for t in tensors):
-        raise ValueError(f"AdamW takes float32 tensors laid out alike, not {[(t.dtype, t.stride()) for t in tensors]}")
+    if any(t.dtype != torch.float32 or not t.is_contiguous() or t.shape != parameter.shape for t in tensors):
+        given = [(t.dtype, tuple(t.shape), t.stride()) for t in tensors]
+        raise ValueError(f"AdamW takes contiguous float32 tensors of one shape, not {given}")
     size = parameter.numel()
     if size:
         _adamw[(triton.cdiv(size, BLOCK),)](

@@ -21,11 +21,11 @@ class AdamW(torch.optim.AdamW):
     parameters, moments and step counts as they are, to the bit. Unlike torch's it leaves the gradients alone.
     """
 
-    grad_scale: Tensor
-    found_inf: Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def has_kernel(self) -> bool:
-        return self.found_inf.is_cuda and has_triton()
+        return self.found_inf is not None and self.found_inf.is_cuda and has_triton()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -34,6 +34,8 @@ class AdamW(torch.optim.AdamW):
             return
         from moe.kernels.adamw import adamw  # needs Triton
 
+        assert self.grad_scale is not None
+        assert self.found_inf is not None
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             if not moved:  # a rank left without experts

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from parallel_helpers import build_trainer, config_of, ragged_batch
 
 from moe.config.schema import ScheduleConfig
+from moe.kernels import has_triton
 from moe.parallel import World
 from moe.training.optimizer import build_optimizer, learning_rate
 
@@ -88,3 +91,13 @@ def test_the_papers_adamw_decays_matrices_only(world: World) -> None:
         for group in (decayed, spared)
         for p in group["params"]
     )
+
+
+def test_the_kernel_moves_what_is_on_a_gpu(world: World) -> None:
+    config = config_of()
+    optimizer = build_optimizer(build_trainer(config, world).model, config.optim)
+    told = [None, torch.zeros(()), SimpleNamespace(is_cuda=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        for found_inf, expected in zip(told, (False, False, has_triton()), strict=True):
+            patch.setattr(optimizer, "found_inf", found_inf)
+            assert optimizer.has_kernel() == expected
