@@ -68,6 +68,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads and our tokenizer")
     parser.add_argument("--vocab-size", type=int, default=100_000)
     arguments = parser.parse_args()
+    for file in arguments.files:
+        if not file.is_file():
+            parser.error(f"{file}: no such file")
     deepseek = download(DEEPSEEK[0], "/tokenizer.json", DEEPSEEK[1], arguments.work)
     ranks = load_ranks(download(GPT2[0], "/gpt2.tiktoken", GPT2[1], arguments.work))
     ours = arguments.work / f"tokenizer-{arguments.vocab_size}.json"

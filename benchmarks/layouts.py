@@ -128,7 +128,7 @@ def measure(layout: str, options: argparse.Namespace, folder: Path) -> dict[str,
         "exit_code": 0,
         "seconds": seconds,
         "tokens_per_second_per_gpu": speed,
-        "mfu": statistics.median(row["mfu"] or 0.0 for row in timed),
+        "mfu": statistics.median(row["mfu"] for row in timed) if timed[0]["mfu"] is not None else None,
         "peak_memory_gib": max(row["memory_gib"] or 0.0 for row in rows),
         "losses": {row["step"]: row["loss"] for row in rows},
         "planned": planned([*options.overrides, *overrides], processes, options.gpu) if options.gpu else None,
@@ -166,8 +166,9 @@ def print_table(results: list[dict[str, Any]]) -> None:
             efficiency = result["tokens_per_second_per_gpu"] / first["tokens_per_second_per_gpu"]
             pairs = zip(result["losses"].values(), first["losses"].values(), strict=True)
             difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        mfu = " " * 6 if result["mfu"] is None else f"{result['mfu']:6.1%}"
         print(
-            f"{name} {result['tokens_per_second_per_gpu']:12,.0f} {result['mfu']:6.1%} {efficiency:10.1%} "
+            f"{name} {result['tokens_per_second_per_gpu']:12,.0f} {mfu} {efficiency:10.1%} "
             f"{result['peak_memory_gib']:8.2f} {difference:8.1e}  {foretold(result)}"
         )
     print(flush=True)

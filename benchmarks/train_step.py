@@ -35,11 +35,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.arguments import new_file, positive
 from benchmarks.peer_models import MODELS, PlainStep
-from data.errors import DataError
+from data.errors import DataError, complaint
 from moe.config import ConfigError, compose
-from moe.parallel import join_world, resolve
+from moe.config.schema import RuntimeConfig
+from moe.parallel import choose_device, join_world, resolve
 from moe.telemetry.hardware import peak_tflops
-from moe.training import EXIT_CODES, prepare_process
+from moe.training import EXIT_CODES, is_out_of_memory, prepare_process
 from moe.training.session import Session
 from moe.training.signals import StopSignal
 from moe.training.trainer import forbid_sync
@@ -255,7 +256,9 @@ def _print_profile(kernels: list[Kernel], step: float, longest: int = 40) -> Non
 
 
 def contestants(options: argparse.Namespace) -> list[Contestant]:
-    key, _, values = (options.compare or "").partition("=")
+    key, has_values, values = (options.compare or "").partition("=")
+    if options.compare and not has_values:
+        raise ConfigError(f"--compare {options.compare}: KEY=A,B names the values to compare")
     variants = [f"{key}={value}" for value in values.split(",")] if options.compare else [""]
     ours = [Contestant(f"ours {variant}".strip(), [*options.overrides, *variant.split()], None) for variant in variants]
     return [*ours, *(Contestant(peer, options.overrides, peer) for peer in options.peers)]
@@ -279,12 +282,13 @@ def main() -> int:
     options = parser.parse_args()
     if int(os.environ.get("RANK", "0")):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     try:
         all_of_them = contestants(options)
         for contestant in all_of_them:
             resolve(compose(contestant.overrides), int(os.environ.get("WORLD_SIZE", "1")))
-        print(f"{device}, torch {torch.__version__}\n{' '.join(options.overrides)}")
+        print(
+            f"{_device(compose(options.overrides).runtime)}, torch {torch.__version__}\n{' '.join(options.overrides)}"
+        )
         print(f"{'':44} {'tokens/s':>10} {'MFU':>7} {'ms':>9} {'fastest':>9} {'peak GiB':>8}", flush=True)
         measure = measured_apart if sets_its_process(options) else measured
         for number in range(options.rounds):
@@ -293,12 +297,23 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODES[type(error)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory, {complaint(error)}", file=sys.stderr)
+        return 1
     rows = [contestant.row() for contestant in all_of_them]
     for row in rows:
         print_row(row)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
+    return int(any("problem" in row for row in rows))
+
+
+def _device(runtime: RuntimeConfig) -> str:
+    if choose_device(runtime.device).type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{runtime.num_threads or torch.get_num_threads()} CPU threads"
 
 
 if __name__ == "__main__":

@@ -152,7 +152,21 @@ def test_of_equal_times_the_largest_micro_batch() -> None:
 def test_the_line_for_train_py_plans_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["+experiment=moe_2b", "train.global_batch_size=64", "train.micro_batch_size=4"]
     assert plan.main([*asked, "gpus=2"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1].removeprefix("run it with: train.py ").split()
+    start = "run it with: torchrun --nproc_per_node=2 train.py "
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix(start).split()
     assert {*asked} <= {*line}
     assert len(line) == len({text.partition("=")[0] for text in line}), "each key once"
     assert plan.plan([*line, "gpus=2"])["best"] == plan.plan([*asked, "gpus=2"])["best"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "start"),
+    [
+        ("gpus=1", "python train.py "),
+        ("gpus=8", "torchrun --nproc_per_node=8 train.py "),
+        ("gpus=16", "NODES=2 HOST=... launch/torchrun.sh "),
+    ],
+)
+def test_the_last_line_says_how_ranks_start(capsys: pytest.CaptureFixture[str], gpus: str, start: str) -> None:
+    assert plan.main(["+experiment=moe_2b", gpus, "gpu=h200"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"run it with: {start}+experiment=moe_2b ")

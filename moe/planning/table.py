@@ -28,7 +28,16 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from _traffic(best["traffic"])
     yield from _ranking(facts["ranking"])
     verdict = "run it with" if best["fits"] else "nothing fits, more GPUs are needed; the leanest is"
-    yield f"{verdict}: train.py {shlex.join([*facts['asked'], *best['overrides']])}"
+    yield f"{verdict}: {_start(facts)} {shlex.join([*facts['asked'], *best['overrides']])}"
+
+
+def _start(facts: dict[str, Any]) -> str:
+    gpus, per_node = facts["gpus"], facts["gpus_per_node"]
+    if gpus == 1:
+        return "python train.py"
+    if gpus <= per_node:
+        return f"torchrun --nproc_per_node={gpus} train.py"
+    return f"NODES={-(-gpus // per_node)} HOST=... launch/torchrun.sh"
 
 
 def _memory(best: dict[str, Any], capacity: float) -> Iterator[str]:

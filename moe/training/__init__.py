@@ -38,7 +38,7 @@ EXIT_PREEMPTED = 75
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h, bytes: what may lie unused at the heap's end, and from what size on a piece is mapped alone."""
 
-__all__ = ["EXIT_CODES", "EXIT_PREEMPTED", "run"]
+__all__ = ["EXIT_CODES", "EXIT_PREEMPTED", "is_out_of_memory", "prepare_process", "run"]
 
 
 def run(config: Config, command: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ def run(config: Config, command: Sequence[str]) -> None:
     except tuple(EXIT_CODES) as error:
         _fail(error)
     except RuntimeError as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             print(
                 "error: out of memory: a smaller train.micro_batch_size or model needs less, and `python -m moe.plan` "
                 f"says how much ({complaint(error)})",
@@ -102,8 +102,9 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # a CPU's has no type
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On any device; a CPU's has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _advice_on_compilation() -> str:
