@@ -157,8 +157,13 @@ def _unknown_key(key: str) -> str:
     if key in _ADDED_GROUPS:
         return f"{key}: write it with a plus, as +{key}=NAME"
     near = _same_leaf(key) or difflib.get_close_matches(key, all_keys(), n=1, cutoff=0.75)
-    hint = f"did you mean {near[0]}?" if near else "`python train.py --cfg job` prints all keys"
-    return f"unknown key {key}: {hint}"
+    if near:
+        return f"unknown key {key}: did you mean {near[0]}?"
+    section = key.rpartition(".")[0]
+    siblings = [known.split(".")[-1] for known in all_keys() if known.rpartition(".")[0] == section]
+    is_short = section and 0 < len(siblings) <= 20
+    hint = f"{section} has {', '.join(siblings)}; " if is_short else ""
+    return f"unknown key {key}: {hint}`python train.py --cfg job` prints all keys"
 
 
 def _same_leaf(key: str) -> list[str]:

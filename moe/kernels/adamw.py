@@ -27,11 +27,10 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of `parameter` and its moments, in place; all four float32, contiguous and of one shape.
+    """A step of `parameter` and its moments, in place; all four float32, contiguous and of one shape (else ValueError).
 
     On the device, so that the host need not wait: `corrections` (2,) float32, 1 - beta1 ** t and the root of 1 - beta2
     ** t at step t; `divisor` (), which the gradient is divided by; `skip` (), where not 0 nothing is touched.
-    Raises ValueError for others.
     """
     tensors = parameter, gradient, exp_avg, exp_avg_sq
     if any(t.dtype != torch.float32 or not t.is_contiguous() or t.shape != parameter.shape for t in tensors):

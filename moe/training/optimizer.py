@@ -42,7 +42,8 @@ class AdamW(torch.optim.AdamW):
                 continue
             states = [self.state[p] for p in moved]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))  # of one tensor it asks for the value
+            # a list, as of a single tensor it would wait for the value
+            torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))
             corrections = bias_corrections(torch.stack(steps), group["betas"])
             for parameter, state, correction in zip(moved, states, corrections, strict=True):
                 adamw(

@@ -19,6 +19,7 @@ BAD = [
     ("model.hiden_size=3", "unknown key model.hiden_size: did you mean model.hidden_size?"),
     ("lr=1", "unknown key lr: did you mean optim.lr?"),
     ("+optim.momentum=0.9", "optim.momentum"),
+    ("optim.learning_rate=1", "unknown key optim.learning_rate: optim has lr, beta1, beta2, "),
     ("+model.extra=1", "unknown key model.extra"),
     ("model=moe_3b", "moe_3b"),
     ("+experiment=moe_9b", "moe_9b"),

@@ -131,8 +131,8 @@ def test_other_tensors_are_refused(gradient: Tensor) -> None:
     assert all(tensor.eq(1).all() for tensor in (parameter, *moments))
 
 
-def two_steps(world_of: Layout, own_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    world = build_world(world_of, torch.device("cpu"))
+def two_steps(layout: Layout, own_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    world = build_world(layout, torch.device("cpu"))
     assert world is not None
     monkeypatch.setattr(AdamW, "has_kernel", lambda optimizer: own_kernel)
     trainer = build_trainer(config_of(num_hidden_layers=2, n_routed_experts=5, num_experts_per_tok=2), world)
